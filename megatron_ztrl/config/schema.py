@@ -1,0 +1,255 @@
+"""The configuration of a run: frozen dataclasses, one per section, every default defined here and only here.
+
+Paths written in a YAML file are relative to that file. Native options of Megatron and SGLang pass through
+(`megatron.*`, `sglang.server_args`) and are checked against the upstream dataclasses by `config.native`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
+
+
+class Section:
+    """Tells pydantic to refuse unknown keys."""
+
+    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig(Section):
+    """Identity of the run."""
+
+    directory: str
+    """Everything the run writes goes here."""
+    seed: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig(Section):
+    """The initial policy."""
+
+    path: str
+    """Hugging Face checkpoint: a local directory or a hub id."""
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    backend: Literal["auto", "te", "local"] = "auto"
+    """Megatron layer implementation; ``auto`` takes Transformer Engine when CUDA is there."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DatasetConfig(Section):
+    """One set of problems: a local JSONL, JSON or parquet file, or a hub id."""
+
+    name: str
+    path: str
+    split: str = "train"
+    """Hub data sets only."""
+    subset: str | None = None
+    """Hub data sets only: the configuration name."""
+    problem_key: str = "problem"
+    answer_key: str = "answer"
+    limit: int | None = None
+    """Rows to read; None reads all."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig(Section):
+    """Problems and the template that turns a problem into a prompt."""
+
+    train: DatasetConfig
+    eval: list[DatasetConfig] = field(default_factory=list)
+    prompt_template: Literal["orz_tir", "orz_tir_explicit", "orz", "plain"] = "orz_tir"
+    max_prompt_tokens: int = 1024
+    """Longer training prompts are left out, and their number is reported."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RolloutConfig(Section):
+    """Generation during training."""
+
+    groups_per_step: int = 128
+    group_size: int = 16
+    env_iterations: int = 2
+    """N: the most tool executions in one rollout."""
+    max_staleness: int = 0
+    """Steps a sampled token may lag behind the trainer; 0 is synchronous and exactly on-policy."""
+    max_response_tokens: int = 8192
+    """Model and tool tokens together."""
+    temperature: float = 1.0
+    top_p: float = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class ToolConfig(Section):
+    """The Python tool."""
+
+    run_timeout_seconds: float = 20.0
+    max_output_tokens: int = 512
+    """A longer reply is replaced by a request to check the code."""
+    max_concurrent: int = 256
+    retries: int = 3
+    """Attempts after an infrastructure failure, before the rollout is masked."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SandboxConfig(Section):
+    """Executors."""
+
+    url: str | None = None
+    """A running executor; None starts one with the run."""
+    workers: int = 2
+    preload: list[str] = field(default_factory=lambda: ["math", "sympy"])
+    """Modules that the warm interpreters have imported already."""
+    memory_limit_bytes: int = 1 << 30
+
+
+@dataclass(frozen=True, kw_only=True)
+class RewardConfig(Section):
+    """Outcome reward, 0 or 1."""
+
+    require_answer_tags: bool = True
+    """The boxed answer counts only inside one ``<answer>`` pair that ends the response."""
+    verify_timeout_seconds: float = 5.0
+    verifier_workers: int = 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class AlgorithmConfig(Section):
+    """Advantages, loss and filters."""
+
+    advantage: Literal["reinforce_pp_baseline", "grpo"] = "reinforce_pp_baseline"
+    clip_low: float = 0.2
+    clip_high: float = 0.28
+    minibatches: int = 1
+    """Optimizer steps per training batch."""
+    old_logprobs: Literal["trainer", "engine"] = "trainer"
+    """Denominator of the ratio: recomputed by Megatron, or as the engine reported them (saves one pass)."""
+    min_accuracy: float = 0.0
+    """Groups below this mean reward are left out."""
+    max_accuracy: float = 1.0
+    """Groups above this mean reward are left out."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ActorConfig(Section):
+    """The policy in Megatron. World size = tensor x pipeline x data parallel size."""
+
+    tensor_parallel_size: int = 1
+    pipeline_parallel_size: int = 1
+    data_parallel_size: int = 1
+    sequence_parallel: bool = False
+    max_tokens_per_microbatch: int = 16384
+    """Padded tokens of one packed microbatch; also the longest sequence that can be trained."""
+    learning_rate: float = 1e-6
+    warmup_steps: int = 0
+    """Linear warm-up, in training steps."""
+    weight_decay: float = 0.0
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.95
+    adam_eps: float = 1e-8
+    max_grad_norm: float = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class MegatronConfig(Section):
+    """Native options, passed through to Megatron's own dataclasses."""
+
+    transformer: dict[str, Any] = field(default_factory=dict)
+    optimizer: dict[str, Any] = field(default_factory=dict)
+    ddp: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineConfig(Section):
+    """SGLang servers."""
+
+    count: int = 1
+    tensor_parallel_size: int = 1
+    port: int | None = None
+    """Port of the first engine; None picks free ones."""
+    max_running_requests: int = 256
+    startup_timeout_seconds: float = 600.0
+    request_timeout_seconds: float = 3600.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class SGLangConfig(Section):
+    """Native options, passed through to SGLang's ``ServerArgs``."""
+
+    server_args: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PublishConfig(Section):
+    """Weight publishing and its check."""
+
+    verify_interval_steps: int = 1
+    """How often the canary prompt's log-probs are compared; 0 never."""
+    max_logprob_gap: float = 1e-4
+    """Nats. fp32 agrees to 1e-5; bf16 needs about 0.1."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig(Section):
+    """Length of the run."""
+
+    num_steps: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalConfig(Section):
+    """Evaluation on ``data.eval``."""
+
+    interval_steps: int = 20
+    """0 never; otherwise also before the first and after the last step."""
+    env_iterations: list[int] = field(default_factory=lambda: [2])
+    """One evaluation per value of N, before and after training."""
+    interval_env_iterations: list[int] = field(default_factory=list)
+    """The values of N evaluated in between; empty means all."""
+    samples_per_prompt: int = 1
+    temperature: float = 1.0
+    top_p: float = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig(Section):
+    """Resumable state and the final export."""
+
+    interval_steps: int = 0
+    """0 saves only when interrupted and at the end."""
+    keep_last: int = 2
+    export_hf: bool = True
+    """Write the final policy in Hugging Face format to ``<run>/policy``."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoggingConfig(Section):
+    """Where metrics go besides ``metrics.jsonl``."""
+
+    tensorboard: bool = True
+    wandb_project: str | None = None
+    sample_rollouts: int = 4
+    """Rollouts written to ``rollouts.jsonl`` each step."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(Section):
+    """Everything about a run."""
+
+    run: RunConfig
+    model: ModelConfig
+    data: DataConfig
+    train: TrainConfig
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    tool: ToolConfig = field(default_factory=ToolConfig)
+    sandbox: SandboxConfig = field(default_factory=SandboxConfig)
+    reward: RewardConfig = field(default_factory=RewardConfig)
+    algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
+    actor: ActorConfig = field(default_factory=ActorConfig)
+    megatron: MegatronConfig = field(default_factory=MegatronConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    sglang: SGLangConfig = field(default_factory=SGLangConfig)
+    publish: PublishConfig = field(default_factory=PublishConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
