@@ -1,0 +1,1 @@
+"""Rollouts: one trajectory (`trajectory`), the groups of a prompt, and who may start when (`scheduler`)."""

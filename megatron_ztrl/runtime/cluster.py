@@ -1,0 +1,50 @@
+"""The Ray cluster of a run: embedded on one machine, or joined when ``RAY_ADDRESS`` names one."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+
+OBJECT_STORE_BYTES = 512 << 20
+"""Of the embedded cluster: packed batches and log-probs, a few hundred KB each."""
+
+
+@contextlib.contextmanager
+def ray_cluster() -> Iterator[None]:
+    """Starts (or joins) Ray; an embedded cluster leaves no process and no file behind."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    # A local cluster would write a token under the home directory and turn authentication on for later ones.
+    os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    import ray
+
+    if "RAY_ADDRESS" in os.environ:
+        ray.init(log_to_driver=False, logging_level=logging.ERROR)
+        directory = None
+    else:
+        # Sockets live in it, and their paths may not exceed 107 bytes.
+        directory = tempfile.mkdtemp(prefix="ztrl-ray-")
+        ray.init(
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+            object_store_memory=OBJECT_STORE_BYTES,
+            _temp_dir=directory,
+        )
+    try:
+        yield
+    finally:
+        ray.shutdown()
+        if directory is not None:
+            shutil.rmtree(directory, ignore_errors=True)
+
+
+def cluster_gpus() -> int:
+    """GPUs of the whole cluster."""
+    import ray
+
+    return int(ray.cluster_resources().get("GPU", 0))

@@ -1,0 +1,126 @@
+"""One Megatron world: its rank processes as Ray actors, commanded together.
+
+Commands and host arrays (packed batches, log-probs) travel through Ray; gradients and weights never do.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron_ztrl.config.schema import Config
+from megatron_ztrl.data.packing import PackedBatch
+from megatron_ztrl.runtime.cluster import cluster_gpus
+from megatron_ztrl.types import TensorSlice
+
+
+class RankProcess:
+    """What runs in one rank's process: an `ActorRank` and a way to call it."""
+
+    def __init__(self) -> None:
+        os.environ["OMP_NUM_THREADS"] = "1"  # read when torch is imported, which nothing has done yet
+        self._rank: Any = None
+
+    def rendezvous(self) -> str:
+        """An address on this node where the ranks can meet."""
+        import ray
+
+        address = ray.util.get_node_ip_address()
+        with socket.socket() as probe:
+            probe.bind((address, 0))
+            return f"tcp://{address}:{probe.getsockname()[1]}"
+
+    def build(self, config: Config, rank: int, world_size: int, init_method: str) -> tuple[int, bool]:
+        """Builds the model and loads its weights.
+
+        Returns:
+            (data-parallel rank, whether this rank returns outputs).
+        """
+        from megatron_ztrl.trainer.actor import ActorRank
+
+        self._rank = ActorRank(config, rank, world_size, init_method)
+        return self._rank.dp_rank, self._rank.is_output_rank
+
+    def call(self, method: str, *args: Any, **kwargs: Any) -> Any:
+        """Calls a method of the rank."""
+        return getattr(self._rank, method)(*args, **kwargs)
+
+
+class MegatronWorld:
+    """The policy's ranks. Every method is one collective command to all of them."""
+
+    def __init__(self, config: Config) -> None:
+        import ray
+
+        actor = config.actor
+        self._config = config
+        self._world_size = (
+            actor.tensor_parallel_size * actor.pipeline_parallel_size * actor.data_parallel_size
+        )
+        remote = ray.remote(num_cpus=0, num_gpus=1 if cluster_gpus() else 0)(RankProcess)
+        self._ranks = [remote.remote() for _ in range(self._world_size)]
+        self._output_rank_of_dp: list[int] = []
+
+    async def build(self) -> None:
+        """Starts all ranks and loads the initial policy into their shards."""
+        init_method = await self._ranks[0].rendezvous.remote()
+        roles = await asyncio.gather(
+            *(
+                rank.build.remote(self._config, index, self._world_size, init_method)
+                for index, rank in enumerate(self._ranks)
+            )
+        )
+        outputs = {dp_rank: index for index, (dp_rank, is_output) in enumerate(roles) if is_output}
+        self._output_rank_of_dp = [outputs[dp_rank] for dp_rank in sorted(outputs)]
+
+    async def logprobs(self, batch: PackedBatch) -> list[list[np.ndarray]]:
+        """Log-probs of the trained tokens: [DP][M] arrays of [T], in nats."""
+        results = await self.call("logprobs", batch)
+        return [results[index] for index in self._output_rank_of_dp]
+
+    async def train_step(self, batch: PackedBatch, step: int) -> dict[str, float]:
+        """One optimizer step. Returns its statistics."""
+        results = await self.call("train_step", batch, step)
+        return results[self._output_rank_of_dp[0]]
+
+    async def canary_logprobs(self, token_ids: list[int]) -> list[float]:
+        """Log-prob of every token but the first, given those before it."""
+        results = await self.call("canary_logprobs", token_ids)
+        return results[self._output_rank_of_dp[0]]
+
+    async def parameter_slices(self) -> list[list[TensorSlice]]:
+        """What each rank holds."""
+        return await self.call("parameter_slices")
+
+    async def save_checkpoint(self, directory: Path) -> None:
+        await self.call("save_checkpoint", directory)
+
+    async def load_checkpoint(self, directory: Path) -> None:
+        await self.call("load_checkpoint", directory)
+
+    async def export_hf(self, directory: Path) -> None:
+        await self.call("export_hf", directory)
+
+    async def call(self, method: str, *args: Any, **kwargs: Any) -> list[Any]:
+        """Calls a method on all ranks at once.
+
+        Returns:
+            One result per rank. The first error of any rank is raised at once: its peers may hang in a
+            collective, so the world cannot be used any more.
+        """
+        import ray
+
+        shared = [ray.put(arg) if isinstance(arg, PackedBatch) else arg for arg in args]
+        return await asyncio.gather(*(rank.call.remote(method, *shared, **kwargs) for rank in self._ranks))
+
+    def kill(self) -> None:
+        """Ends all ranks at once."""
+        import ray
+
+        for rank in self._ranks:
+            ray.kill(rank)

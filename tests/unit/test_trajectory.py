@@ -1,0 +1,189 @@
+"""Token, mask, log-prob and version alignment of one rollout, against a scripted engine.
+
+The tokenizer maps one token to one byte or to a few, so that stop strings complete in the middle of a token and
+characters span tokens. The real engine is used in tests/integration.
+"""
+
+import pytest
+
+from megatron_ztrl.config.schema import ToolConfig
+from megatron_ztrl.envs.python_tool import PythonTool
+from megatron_ztrl.rollout.trajectory import Sampling, run_rollout
+from megatron_ztrl.types import (
+    NOT_SAMPLED,
+    Completion,
+    ExecutionResult,
+    ExecutionStatus,
+    FinishReason,
+    Prompt,
+    StopReason,
+    VersionSpan,
+)
+
+MERGES = {256: b"```\n", 257: b"```python", 258: b"thon\nprint"}
+
+
+class ByteTokenizer:
+    """Bytes 0-255, and a few longer tokens that only a policy emits."""
+
+    def encode(self, text, *, add_special_tokens=True):
+        return list(text.encode())
+
+    def decode(self, token_ids):
+        return b"".join(MERGES.get(i) or bytes([i]) for i in token_ids).decode(errors="replace")
+
+
+class ScriptedEngine:
+    """Plays back completions; checks that each call's input is all that came before."""
+
+    def __init__(self, completions):
+        self.completions = list(completions)
+        self.calls = []
+
+    async def generate(self, input_ids, *, max_new_tokens, stop, temperature, top_p, request_id=None):
+        self.calls.append((list(input_ids), max_new_tokens, tuple(stop)))
+        return self.completions.pop(0)
+
+
+def completion(token_ids, *, finish=FinishReason.STOP, matched=None, version=0, spans=None):
+    if isinstance(token_ids, str):
+        token_ids = list(token_ids.encode())
+    return Completion(
+        token_ids=token_ids,
+        logprobs=[-0.5] * len(token_ids),
+        finish_reason=finish,
+        matched_stop=matched,
+        version_spans=spans or [VersionSpan(version=version, start=0, end=len(token_ids))],
+        cached_tokens=0,
+    )
+
+
+async def rollout_of(completions, *, output="é4", status=ExecutionStatus.OK, max_response_tokens=200, n=2):
+    async def execute(code):
+        return ExecutionResult(status=status, stdout=output, stderr="", run_seconds=0.0, queue_seconds=0.0)
+
+    engine = ScriptedEngine(completions)
+    rollout = await run_rollout(
+        "0.0",
+        Prompt(prompt_id="p", problem="2+2", text="Q:", ground_truth="4", data_source="test"),
+        engine=engine,
+        tokenizer=ByteTokenizer(),
+        environment=PythonTool(execute, len, env_iterations=n, template_stop=(), config=ToolConfig()),
+        sampling=Sampling(temperature=1.0, top_p=1.0, max_response_tokens=max_response_tokens),
+    )
+    lengths = {
+        len(per_token)
+        for per_token in (rollout.token_ids, rollout.logprobs, rollout.loss_mask, rollout.weight_versions)
+    }
+    assert len(lengths) == 1
+    return rollout, engine
+
+
+async def test_model_tokens_are_trained_and_reply_tokens_are_not():
+    rollout, engine = await rollout_of(
+        [
+            completion([257], matched="```python"),
+            completion("\nprint(2+2)\n```", matched="```"),
+            completion("4.", version=3),
+        ]
+    )
+    reply = list("\n```output\né4\n```\n".encode())
+    call = [257, *b"\nprint(2+2)\n```"]
+    assert rollout.token_ids == call + reply + list(b"4.")
+    assert rollout.loss_mask == [True] * len(call) + [False] * len(reply) + [True] * 2
+    assert rollout.weight_versions == [0] * len(call) + [NOT_SAMPLED] * len(reply) + [3] * 2
+    assert rollout.logprobs == [-0.5] * len(call) + [0.0] * len(reply) + [-0.5] * 2
+    assert rollout.stop_reason is StopReason.STOP and rollout.executed_calls == 1
+    first, last = rollout.turns
+    assert (first.start, first.tool_start, first.end) == (0, len(call), len(call) + len(reply))
+    assert (last.start, last.tool_start, last.end) == (first.end, first.end + 2, first.end + 2)
+    # Token in, token out: each call was given exactly the tokens so far.
+    assert [ids for ids, _, _ in engine.calls] == [
+        list(b"Q:"),
+        [*b"Q:", 257],
+        [*b"Q:", *call, *reply],
+    ]
+
+
+async def test_tokens_after_the_one_that_completes_a_stop_are_dropped_exactly():
+    rollout, _ = await rollout_of(
+        [
+            completion([*b"```py", 258, *b"ignored"], matched="```python"),
+            completion("(1)\n```", matched="```"),
+            completion("x"),
+        ],
+        output="1",
+    )
+    assert rollout.token_ids[:6] == [*b"```py", 258]  # the completing token stays whole
+    assert rollout.turns[0].code == "print(1)\n"
+
+
+async def test_a_closing_fence_merged_with_the_next_line_is_kept_as_sampled():
+    rollout, _ = await rollout_of(
+        [completion([257], matched="```python"), completion([*b"\n1\n", 256], matched="```"), completion("x")],
+        output="1",
+    )
+    assert rollout.text == "```python\n1\n```\n```output\n1\n```\nx"
+
+
+async def test_an_interrupted_call_resumes_at_its_last_token_under_the_new_version():
+    spans = [VersionSpan(version=1, start=0, end=2), VersionSpan(version=2, start=2, end=3)]
+    rollout, engine = await rollout_of(
+        [completion("abc", finish=FinishReason.ABORT, spans=spans), completion("d", version=4)]
+    )
+    assert rollout.text == "abcd" and rollout.weight_versions == [1, 1, 2, 4]
+    assert engine.calls[1][0] == list(b"Q:abc")
+    assert engine.calls[1][1] == engine.calls[0][1] - 3
+    assert rollout.oldest_version == 1
+
+
+async def test_a_stop_string_split_by_an_interruption_is_still_seen():
+    rollout, _ = await rollout_of(
+        [
+            completion("``", finish=FinishReason.ABORT),
+            completion("`python\n", finish=FinishReason.ABORT),
+            completion("1\n```", matched="```"),
+            completion("x"),
+        ],
+        output="1",
+    )
+    assert rollout.executed_calls == 1
+    assert rollout.text.startswith("```python1")  # the newline after the completed stop was dropped
+
+
+async def test_the_budget_counts_model_and_tool_tokens():
+    rollout, engine = await rollout_of(
+        [
+            completion([257], matched="```python"),
+            completion("\n1\n```", matched="```"),
+            completion("y" * 4, finish=FinishReason.LENGTH),
+        ],
+        output="1",
+        max_response_tokens=1 + 6 + len("\n```output\n1\n```\n") + 4,
+    )
+    assert [budget for _, budget, _ in engine.calls] == [28, 27, 4]
+    assert rollout.stop_reason is StopReason.LENGTH and len(rollout.token_ids) == 28
+
+
+async def test_a_reply_that_does_not_fit_ends_the_rollout_without_it():
+    rollout, _ = await rollout_of(
+        [completion([257], matched="```python"), completion("\n1\n```", matched="```")],
+        output="1" * 50,
+        max_response_tokens=20,
+    )
+    assert rollout.stop_reason is StopReason.LENGTH
+    assert all(rollout.loss_mask) and rollout.executed_calls == 1
+
+
+async def test_an_infrastructure_failure_marks_the_rollout_untrainable():
+    rollout, _ = await rollout_of(
+        [completion([257], matched="```python"), completion("\n1\n```", matched="```")],
+        status=ExecutionStatus.SANDBOX_ERROR,
+    )
+    assert rollout.stop_reason is StopReason.INFRASTRUCTURE and not rollout.trainable
+
+
+async def test_a_gap_in_the_version_spans_is_an_error():
+    gap = [VersionSpan(version=0, start=0, end=1)]
+    with pytest.raises(AssertionError, match="cover"):
+        await rollout_of([completion("ab", spans=gap)])
