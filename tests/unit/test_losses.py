@@ -1,0 +1,75 @@
+"""The clipped policy loss, against numbers worked out by hand."""
+
+import math
+
+import pytest
+import torch
+
+from megatron_ztrl.algorithms.losses import ppo_clip_loss
+
+
+def _log(*ratios: float) -> torch.Tensor:
+    return torch.tensor([math.log(r) for r in ratios])
+
+
+def test_loss_takes_the_smaller_of_clipped_and_unclipped_objective_per_token():
+    # ratio 1.5, A=+2: min(3.0, 1.28 * 2) = 2.56   clipped
+    # ratio 1.5, A=-1: min(-1.5, -1.28)   = -1.5   not clipped
+    # ratio 0.5, A=+1: min(0.5, 0.8)      = 0.5    not clipped
+    # ratio 0.5, A=-3: min(-1.5, -2.4)    = -2.4   clipped
+    loss = ppo_clip_loss(
+        _log(1.5, 1.5, 0.5, 0.5),
+        torch.zeros(4),
+        torch.tensor([2.0, -1.0, 1.0, -3.0]),
+        torch.ones(4, dtype=torch.bool),
+        clip_low=0.2,
+        clip_high=0.28,
+    )
+    assert loss.loss_sum.item() == pytest.approx(-(2.56 - 1.5 + 0.5 - 2.4), abs=1e-6)
+    assert loss.clipped_sum.item() == 2.0
+    assert loss.ratio_sum.item() == pytest.approx(4.0, abs=1e-6)
+    # k3 = r - 1 - log r: twice 0.5 - log 1.5, twice -0.5 + log 2
+    assert loss.kl_sum.item() == pytest.approx(2 * (0.5 - math.log(1.5)) + 2 * (math.log(2) - 0.5), abs=1e-6)
+
+
+def test_gradient_on_policy_is_minus_the_advantage_and_zero_where_clipped_or_masked():
+    logp_T = _log(1.0, 1.0, 2.0, 1.0).requires_grad_()
+    loss = ppo_clip_loss(
+        logp_T,
+        torch.zeros(4),
+        torch.tensor([0.7, -0.3, 1.0, 5.0]),
+        torch.tensor([True, True, True, False]),
+        clip_low=0.2,
+        clip_high=0.2,
+    )
+    loss.loss_sum.backward()
+    assert torch.allclose(logp_T.grad, torch.tensor([-0.7, 0.3, 0.0, 0.0]))
+    assert not loss.kl_sum.requires_grad and not loss.ratio_sum.requires_grad
+
+
+def test_masked_tokens_may_hold_anything():
+    logp_T = torch.tensor([0.0, -math.inf, math.nan, 400.0], requires_grad=True)
+    loss = ppo_clip_loss(
+        logp_T,
+        torch.tensor([0.0, -math.inf, 1.0, 0.0]),
+        torch.tensor([1.0, math.nan, math.inf, 1.0]),
+        torch.tensor([True, False, False, False]),
+        clip_low=0.2,
+        clip_high=0.2,
+    )
+    loss.loss_sum.backward()
+    assert (loss.loss_sum.item(), loss.clipped_sum.item(), loss.kl_sum.item(), loss.ratio_sum.item()) == (
+        -1,
+        0,
+        0,
+        1,
+    )
+    assert logp_T.grad.tolist() == [-1.0, 0.0, 0.0, 0.0]
+
+
+def test_an_empty_microbatch_gives_zero_sums_that_can_be_differentiated():
+    logp_T = torch.tensor([-1.0, -2.0], requires_grad=True)
+    mask_T = torch.zeros(2, dtype=torch.bool)
+    loss = ppo_clip_loss(logp_T, torch.zeros(2), torch.ones(2), mask_T, clip_low=0.2, clip_high=0.2)
+    loss.loss_sum.backward()
+    assert loss.loss_sum.item() == 0.0 and logp_T.grad.tolist() == [0.0, 0.0]

@@ -1,0 +1,182 @@
+"""Packing: alignment by hand, and invariants over random batches."""
+
+import time
+
+import numpy as np
+import pytest
+
+from megatron_ztrl.data.packing import (
+    PackedBatch,
+    broadcast_per_sample,
+    pack,
+    split_minibatches,
+    with_per_token,
+)
+from megatron_ztrl.types import TrainingSample
+
+
+def _sample(token_ids: list[int], prompt_tokens: int, reward: float = 1.0) -> TrainingSample:
+    response = len(token_ids) - prompt_tokens
+    return TrainingSample(
+        token_ids=token_ids,
+        loss_mask=[False] * prompt_tokens + [True] * response,
+        rollout_logprobs=[0.0] * prompt_tokens + [-0.5 - i for i in range(response)],
+        reward=reward,
+        group_id=0,
+    )
+
+
+def _random_samples(rng: np.random.Generator, count: int, longest: int) -> list[TrainingSample]:
+    samples = []
+    for _ in range(count):
+        length = int(rng.integers(2, longest + 1))
+        mask = [False] + (rng.random(length - 1) < 0.7).tolist()
+        logprobs = [-float(x) if m else 0.0 for x, m in zip(rng.random(length), mask, strict=True)]
+        ids = rng.integers(1, 1000, length).tolist()
+        samples.append(
+            TrainingSample(token_ids=ids, loss_mask=mask, rollout_logprobs=logprobs, reward=0.0, group_id=0)
+        )
+    return samples
+
+
+def test_arrays_are_aligned_with_the_predicting_position_and_padding_is_a_sequence_of_its_own():
+    # The second sample has a tool reply (token 22) between two model tokens.
+    tool = TrainingSample(
+        token_ids=[20, 21, 22, 23],
+        loss_mask=[False, True, False, True],
+        rollout_logprobs=[0.0, -1.0, 0.0, -2.0],
+        reward=0.0,
+        group_id=0,
+    )
+    batch = pack(
+        [_sample([10, 11, 12], prompt_tokens=2), tool],
+        max_tokens_per_microbatch=8,
+        data_parallel_size=1,
+        pad_to_multiple=4,
+    )
+    [[mb]] = batch.microbatches
+    assert mb.sample_indices == [1, 0]  # longest first
+    assert mb.cu_seqlens.tolist() == [0, 4, 7, 8] and mb.cu_seqlens.dtype == np.int32
+    assert mb.input_ids_T.tolist() == [20, 21, 22, 23, 10, 11, 12, 0]
+    assert mb.position_ids_T.tolist() == [0, 1, 2, 3, 0, 1, 2, 0]
+    assert mb.target_ids_T.tolist() == [21, 22, 23, 0, 11, 12, 0, 0]
+    assert mb.loss_mask_T.tolist() == [True, False, True, False, False, True, False, False]
+    assert mb.per_token["rollout_logprobs"].tolist() == [-1.0, 0.0, -2.0, 0.0, 0.0, -0.5, 0.0, 0.0]
+    assert batch.trained_tokens == 3
+
+
+def test_a_rank_without_samples_gets_an_empty_microbatch_of_pure_padding():
+    batch = pack(
+        [_sample([1, 2, 3], 1)], max_tokens_per_microbatch=8, data_parallel_size=2, pad_to_multiple=4
+    )
+    [full], [empty] = batch.microbatches
+    assert full.sample_indices == [0] and full.cu_seqlens.tolist() == [0, 3, 4]
+    assert empty.sample_indices == [] and empty.cu_seqlens.tolist() == [0, 4]
+    assert empty.input_ids_T.tolist() == [0] * 4 and empty.position_ids_T.tolist() == [0, 1, 2, 3]
+    assert not empty.loss_mask_T.any()
+    [[_], [advantages_T]] = broadcast_per_sample(batch, [2.0])
+    assert advantages_T.tolist() == [0.0] * 4
+
+
+def test_no_padding_means_no_padding_sequence():
+    [[mb]] = pack([_sample([1, 2, 3], 1)], max_tokens_per_microbatch=3, data_parallel_size=1).microbatches
+    assert mb.cu_seqlens.tolist() == [0, 3]
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_every_packing_keeps_the_invariants(seed: int):
+    rng = np.random.default_rng(seed)
+    ranks, multiple = int(rng.integers(1, 6)), int(rng.choice([1, 2, 8, 16]))
+    longest = int(rng.integers(4, 90))
+    budget = -(-longest // multiple) * multiple + int(rng.integers(0, 100))
+    samples = _random_samples(rng, int(rng.integers(1, 60)), longest)
+    batch = pack(
+        samples, max_tokens_per_microbatch=budget, data_parallel_size=ranks, pad_to_multiple=multiple
+    )
+    assert len(batch.microbatches) == ranks
+    assert len({len(rank) for rank in batch.microbatches}) == 1
+    _check_contents(batch, samples, budget, multiple)
+    loads = [
+        sum(len(samples[i].token_ids) for mb in rank for i in mb.sample_indices)
+        for rank in batch.microbatches
+    ]
+    assert max(loads) - min(loads) <= max(len(s.token_ids) for s in samples)
+    assert batch.trained_tokens == sum(sum(s.loss_mask) for s in samples)
+
+
+def _check_contents(batch: PackedBatch, samples: list[TrainingSample], budget: int, multiple: int) -> None:
+    seen = []
+    for mb in (mb for rank in batch.microbatches for mb in rank):
+        tokens = len(mb.input_ids_T)
+        assert 0 < tokens <= budget and tokens % multiple == 0 and mb.cu_seqlens[-1] == tokens
+        assert len(mb.cu_seqlens) - 1 - len(mb.sample_indices) in (0, 1)
+        lengths = [len(samples[i].token_ids) for i in mb.sample_indices]
+        assert lengths == sorted(lengths, reverse=True)
+        for index, start, end in zip(mb.sample_indices, mb.cu_seqlens[:-1], mb.cu_seqlens[1:], strict=False):
+            sample = samples[index]
+            seen.append(index)
+            assert mb.input_ids_T[start:end].tolist() == sample.token_ids
+            assert mb.target_ids_T[start : end - 1].tolist() == sample.token_ids[1:]
+            assert (
+                mb.loss_mask_T[start : end - 1].tolist() == sample.loss_mask[1:]
+                and not mb.loss_mask_T[end - 1]
+            )
+            assert np.allclose(mb.per_token["rollout_logprobs"][start : end - 1], sample.rollout_logprobs[1:])
+        assert not mb.loss_mask_T[sum(lengths) :].any()
+    assert sorted(seen) == list(range(len(samples)))
+
+
+def test_samples_fill_the_fullest_microbatch_that_has_room():
+    # 6+4 and 5+3+2 fill two microbatches of 10 exactly.
+    samples = [_sample(list(range(1, n + 1)), 1) for n in (2, 3, 4, 5, 6)]
+    batch = pack(samples, max_tokens_per_microbatch=10, data_parallel_size=1)
+    assert [mb.sample_indices for mb in batch.microbatches[0]] == [[4, 2], [3, 1, 0]]
+
+
+def test_a_sample_over_the_budget_names_the_config_path():
+    samples = [_sample(list(range(9)), 1)]
+    with pytest.raises(ValueError, match="9 tokens does not fit actor.max_tokens_per_microbatch=8"):
+        pack(samples, max_tokens_per_microbatch=8, data_parallel_size=1)
+    with pytest.raises(ValueError, match="multiple of 4"):  # 9 tokens pad to 12, and 11 holds only 8
+        pack(samples, max_tokens_per_microbatch=11, data_parallel_size=1, pad_to_multiple=4)
+    with pytest.raises(ValueError, match="no samples to pack"):
+        pack([], max_tokens_per_microbatch=8, data_parallel_size=1)
+
+
+def test_per_sample_values_reach_exactly_the_trained_tokens():
+    samples = [_sample([1, 2, 3], 1), _sample([4, 5, 6, 7], 3)]
+    batch = pack(samples, max_tokens_per_microbatch=8, data_parallel_size=1, pad_to_multiple=8)
+    batch = with_per_token(batch, "advantages", broadcast_per_sample(batch, [0.5, -2.0]))
+    [[mb]] = batch.microbatches
+    assert mb.sample_indices == [1, 0]
+    assert mb.per_token["advantages"].tolist() == [0, 0, -2.0, 0, 0.5, 0.5, 0, 0]
+    assert mb.per_token["advantages"].dtype == np.float32
+    assert set(mb.per_token) == {"rollout_logprobs", "advantages"}
+
+
+def test_attached_values_are_zeroed_where_nothing_is_trained():
+    batch = pack(
+        [_sample([1, 2, 3], 1)], max_tokens_per_microbatch=4, data_parallel_size=1, pad_to_multiple=4
+    )
+    attached = with_per_token(batch, "old_logprobs", [[np.array([-1.0, -2.0, np.nan, 9.0])]])
+    assert attached.microbatches[0][0].per_token["old_logprobs"].tolist() == [-1.0, -2.0, 0.0, 0.0]
+    assert "old_logprobs" not in batch.microbatches[0][0].per_token
+
+
+def test_minibatches_are_a_seeded_partition_of_nearly_equal_sizes():
+    parts = split_minibatches(10, 3, np.random.default_rng(4))
+    assert sorted(len(p) for p in parts) == [3, 3, 4]
+    assert sorted(i for p in parts for i in p) == list(range(10))
+    assert parts == split_minibatches(10, 3, np.random.default_rng(4))
+    assert parts != split_minibatches(10, 3, np.random.default_rng(5))
+    with pytest.raises(ValueError, match="algorithm.minibatches=3"):
+        split_minibatches(2, 3, np.random.default_rng(0))
+
+
+def test_packing_time_is_linear_in_tokens_not_in_bins():
+    ids, mask, logprobs = list(range(256)), [False] + [True] * 255, [0.0] * 256
+    sample = TrainingSample(token_ids=ids, loss_mask=mask, rollout_logprobs=logprobs, reward=0.0, group_id=0)
+    started = time.process_time()
+    batch = pack([sample] * 8192, max_tokens_per_microbatch=512, data_parallel_size=1, pad_to_multiple=8)
+    assert len(batch.microbatches[0]) == 4096
+    assert time.process_time() - started < 3.0
