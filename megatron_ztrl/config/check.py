@@ -1,0 +1,170 @@
+"""What the types of the schema cannot say: ranges, and keys that must agree with each other."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from megatron_ztrl.config.errors import ConfigError
+from megatron_ztrl.config.schema import Config, DatasetConfig
+
+_POSITIVE = math.ulp(0.0)
+"""Smallest number above 0: a lower bound for what must be positive."""
+_BELOW_ONE = math.nextafter(1.0, 0.0)
+
+_RANGES: dict[str, tuple[float, float]] = {
+    "train.num_steps": (1, math.inf),
+    "data.max_prompt_tokens": (1, math.inf),
+    "rollout.groups_per_step": (1, math.inf),
+    "rollout.group_size": (2, math.inf),
+    "rollout.env_iterations": (0, math.inf),
+    "rollout.max_staleness": (0, math.inf),
+    "rollout.max_response_tokens": (1, math.inf),
+    "rollout.temperature": (_POSITIVE, math.inf),
+    "rollout.top_p": (_POSITIVE, 1),
+    "tool.run_timeout_seconds": (_POSITIVE, math.inf),
+    "tool.max_output_tokens": (1, math.inf),
+    "tool.max_concurrent": (1, math.inf),
+    "tool.retries": (0, math.inf),
+    "sandbox.workers": (1, math.inf),
+    "sandbox.memory_limit_bytes": (1 << 24, math.inf),
+    "reward.verify_timeout_seconds": (_POSITIVE, math.inf),
+    "reward.verifier_workers": (1, math.inf),
+    "algorithm.clip_low": (_POSITIVE, _BELOW_ONE),
+    "algorithm.clip_high": (_POSITIVE, math.inf),
+    "algorithm.minibatches": (1, math.inf),
+    "algorithm.min_accuracy": (0, 1),
+    "algorithm.max_accuracy": (0, 1),
+    "actor.tensor_parallel_size": (1, math.inf),
+    "actor.pipeline_parallel_size": (1, math.inf),
+    "actor.data_parallel_size": (1, math.inf),
+    "actor.max_tokens_per_microbatch": (1, math.inf),
+    "actor.learning_rate": (_POSITIVE, math.inf),
+    "actor.warmup_steps": (0, math.inf),
+    "actor.weight_decay": (0, math.inf),
+    "actor.adam_beta1": (0, _BELOW_ONE),
+    "actor.adam_beta2": (0, _BELOW_ONE),
+    "actor.adam_eps": (_POSITIVE, math.inf),
+    "actor.max_grad_norm": (_POSITIVE, math.inf),
+    "engine.count": (1, math.inf),
+    "engine.tensor_parallel_size": (1, math.inf),
+    "engine.port": (1024, 65535),
+    "engine.max_running_requests": (1, math.inf),
+    "engine.startup_timeout_seconds": (_POSITIVE, math.inf),
+    "engine.request_timeout_seconds": (_POSITIVE, math.inf),
+    "publish.verify_interval_steps": (0, math.inf),
+    "publish.max_logprob_gap": (_POSITIVE, math.inf),
+    "eval.interval_steps": (0, math.inf),
+    "eval.samples_per_prompt": (1, math.inf),
+    "eval.temperature": (0, math.inf),
+    "eval.top_p": (_POSITIVE, 1),
+    "checkpoint.interval_steps": (0, math.inf),
+    "checkpoint.keep_last": (1, math.inf),
+    "logging.sample_rollouts": (0, math.inf),
+}
+"""Inclusive bounds. Optional keys are checked when they are set."""
+
+
+def check_config(config: Config) -> None:
+    """Refuses values that are out of range or contradict each other.
+
+    Raises:
+        ConfigError: One line per problem, each starting with the config path.
+    """
+    problems = [*_ranges(config), *_paths(config), *_lengths(config), *_evaluation(config), *_engines(config)]
+    low, high = config.algorithm.min_accuracy, config.algorithm.max_accuracy
+    if low > high:
+        problems.append(f"algorithm.min_accuracy: {low} is above algorithm.max_accuracy ({high})")
+    samples = config.rollout.groups_per_step * config.rollout.group_size
+    if config.algorithm.minibatches > samples:
+        problems.append(
+            f"algorithm.minibatches: {config.algorithm.minibatches} optimizer steps need at least as many rollouts, "
+            f"but rollout.groups_per_step x rollout.group_size is {samples}"
+        )
+    if problems:
+        raise ConfigError("\n".join(problems))
+
+
+def _ranges(config: Config) -> Iterator[str]:
+    for path, (low, high) in _RANGES.items():
+        section, name = path.split(".")
+        value = getattr(getattr(config, section), name)
+        # Written so that NaN, which fails every comparison, is refused.
+        if value is not None and not (low <= value <= high and math.isfinite(value)):
+            yield f"{path}: must be {_bounds(low, high)}, got {value}"
+
+
+def _bounds(low: float, high: float) -> str:
+    lower = "above 0" if low == _POSITIVE else f"at least {low:g}"
+    if high == math.inf:
+        return lower
+    return f"{lower} and {'below 1' if high == _BELOW_ONE else f'at most {high:g}'}"
+
+
+def _paths(config: Config) -> Iterator[str]:
+    if not config.run.directory:
+        yield "run.directory: must not be empty"
+    for path, name in [
+        ("model.path", config.model.path),
+        *((f"{p}.path", d.path) for p, d in _datasets(config)),
+    ]:
+        if not name:
+            yield f"{path}: must be a local path or a hub id"
+        elif Path(name).is_absolute() and not Path(name).exists():
+            yield f"{path}: {name} does not exist"
+    for path, dataset in _datasets(config):
+        if dataset.limit is not None and dataset.limit < 1:
+            yield f"{path}.limit: must be at least 1, or null to read all rows, got {dataset.limit}"
+    yield from _duplicates("data.eval", "two data sets are named", [d.name for d in config.data.eval])
+
+
+def _datasets(config: Config) -> list[tuple[str, DatasetConfig]]:
+    return [
+        ("data.train", config.data.train),
+        *((f"data.eval.{i}", d) for i, d in enumerate(config.data.eval)),
+    ]
+
+
+def _lengths(config: Config) -> Iterator[str]:
+    longest = config.data.max_prompt_tokens + config.rollout.max_response_tokens
+    if config.actor.max_tokens_per_microbatch < longest:
+        yield (
+            f"actor.max_tokens_per_microbatch: {config.actor.max_tokens_per_microbatch} does not hold the longest "
+            f"sequence, data.max_prompt_tokens + rollout.max_response_tokens = {longest}"
+        )
+    if config.rollout.env_iterations and config.tool.max_output_tokens >= config.rollout.max_response_tokens:
+        yield (
+            f"tool.max_output_tokens: {config.tool.max_output_tokens} leaves no room for an answer in "
+            f"rollout.max_response_tokens ({config.rollout.max_response_tokens})"
+        )
+
+
+def _evaluation(config: Config) -> Iterator[str]:
+    settings = config.eval
+    if settings.interval_steps:
+        if not settings.env_iterations:
+            yield "eval.env_iterations: name at least one N, or set eval.interval_steps to 0"
+        if not config.data.eval:
+            yield "data.eval: name at least one data set, or set eval.interval_steps to 0"
+    for name in ("env_iterations", "interval_env_iterations"):
+        values: list[int] = getattr(settings, name)
+        if any(value < 0 for value in values):
+            yield f"eval.{name}: N must be at least 0, got {values}"
+        yield from _duplicates(f"eval.{name}", "lists N twice:", values)
+    if extra := sorted(set(settings.interval_env_iterations) - set(settings.env_iterations)):
+        yield f"eval.interval_env_iterations: {extra} must also be in eval.env_iterations"
+
+
+def _engines(config: Config) -> Iterator[str]:
+    engine = config.engine
+    if engine.port is not None and engine.port + engine.count - 1 > 65535:
+        yield f"engine.port: {engine.count} engines from port {engine.port} go past 65535"
+    if config.sandbox.url is not None and not config.sandbox.url.startswith(("http://", "https://")):
+        yield f"sandbox.url: must start with http:// or https://, got {config.sandbox.url!r}"
+
+
+def _duplicates(path: str, what: str, values: list[Any]) -> Iterator[str]:
+    for value in dict.fromkeys(value for value in values if values.count(value) > 1):
+        yield f"{path}: {what} {value!r}"

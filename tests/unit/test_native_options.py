@@ -1,0 +1,116 @@
+"""Native options are checked by name against the installed releases, without importing them."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+
+import pytest
+
+from megatron_ztrl.config import native
+from megatron_ztrl.config.errors import ConfigError
+from megatron_ztrl.config.schema import (
+    Config,
+    DataConfig,
+    DatasetConfig,
+    MegatronConfig,
+    ModelConfig,
+    RunConfig,
+    SGLangConfig,
+    TrainConfig,
+)
+
+needs_megatron = pytest.mark.skipif(
+    importlib.util.find_spec("megatron") is None, reason="megatron-core missing"
+)
+needs_sglang = pytest.mark.skipif(importlib.util.find_spec("sglang") is None, reason="sglang missing")
+
+
+def config(megatron: MegatronConfig | None = None, server_args: dict[str, object] | None = None) -> Config:
+    return Config(
+        run=RunConfig(directory="run"),
+        model=ModelConfig(path="org/model"),
+        data=DataConfig(train=DatasetConfig(name="t", path="org/data")),
+        train=TrainConfig(num_steps=1),
+        megatron=megatron or MegatronConfig(),
+        sglang=SGLangConfig(server_args=server_args or {}),
+    )
+
+
+def error_of(checked: Config) -> str:
+    return str(pytest.raises(ConfigError, native.check_native, checked).value)
+
+
+@needs_megatron
+def test_options_that_megatron_has_are_accepted_inherited_ones_included() -> None:
+    transformer = {"recompute_granularity": "full", "virtual_pipeline_model_parallel_size": 2}
+    optimizer, ddp = {"use_distributed_optimizer": True}, {"overlap_grad_reduce": True}
+    native.check_native(config(MegatronConfig(transformer=transformer, optimizer=optimizer, ddp=ddp)))
+
+
+@needs_sglang
+def test_options_that_sglang_has_are_accepted() -> None:
+    native.check_native(config(server_args={"mem_fraction_static": 0.5, "chunked_prefill_size": 512}))
+
+
+@needs_megatron
+@needs_sglang
+def test_a_typo_gets_a_suggestion_in_each_section() -> None:
+    megatron = MegatronConfig(
+        transformer={"recompute_granularty": "full"},
+        optimizer={"use_distributed_optimiser": True},
+        ddp={"bucket_sise": 1},
+    )
+    assert error_of(config(megatron, {"mem_fraction_statik": 0.5})).splitlines() == [
+        "megatron.transformer.recompute_granularty: unknown option; did you mean 'recompute_granularity'?",
+        "megatron.optimizer.use_distributed_optimiser: unknown option; did you mean 'use_distributed_optimizer'?",
+        "megatron.ddp.bucket_sise: unknown option; did you mean 'bucket_size'?",
+        "sglang.server_args.mem_fraction_statik: unknown option; did you mean 'mem_fraction_static'?",
+    ]
+
+
+@needs_megatron
+@needs_sglang
+def test_keys_that_have_a_home_in_the_schema_are_sent_there() -> None:
+    megatron = MegatronConfig(transformer={"tensor_model_parallel_size": 2}, optimizer={"lr": 1.0})
+    assert error_of(config(megatron, {"tp_size": 2, "model_path": "x"})).splitlines() == [
+        "megatron.transformer.tensor_model_parallel_size: not set here: set actor.tensor_parallel_size",
+        "megatron.optimizer.lr: not set here: set actor.learning_rate",
+        "sglang.server_args.tp_size: not set here: set engine.tensor_parallel_size",
+        "sglang.server_args.model_path: not set here: set model.path",
+    ]
+
+
+@needs_megatron
+def test_every_owned_key_is_really_an_upstream_field() -> None:
+    assert set(native._OWNED_TRANSFORMER) <= native.transformer_fields()
+    assert set(native._OWNED_OPTIMIZER) <= native.optimizer_fields()
+
+
+@needs_sglang
+def test_owned_server_keys_are_upstream_fields_or_their_aliases() -> None:
+    assert set(native._OWNED_SERVER) - native.server_fields() == {"model", "tp", "tensor_parallel_size"}
+
+
+def test_a_package_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    message = error_of(config(MegatronConfig(ddp={"bucket_size": 1}), {"log_level": "info"}))
+    assert message.splitlines() == [
+        "megatron.ddp: cannot be checked: megatron-core is not installed",
+        "sglang.server_args: cannot be checked: sglang is not installed",
+    ]
+
+
+def test_without_native_options_nothing_needs_to_be_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    native.check_native(config())
+
+
+@needs_megatron
+@needs_sglang
+def test_the_check_imports_neither_package() -> None:
+    before = set(sys.modules)
+    native.transformer_fields(), native.server_fields()
+    assert not {
+        name for name in set(sys.modules) - before if name.startswith(("megatron.", "sglang", "torch"))
+    }
