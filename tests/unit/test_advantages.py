@@ -1,0 +1,51 @@
+"""Advantages, against numbers worked out by hand."""
+
+import math
+
+import pytest
+import torch
+
+from megatron_ztrl.algorithms.advantages import grpo, reinforce_pp_baseline
+
+
+def test_reinforce_pp_baseline_whitens_over_tokens_not_over_rollouts():
+    # Group 7: rewards 1, 0 -> +.5, -.5; group 3: 1, 1 -> 0, 0. Tokens 10, 30, 20, 20.
+    # Token mean = (5 - 15) / 80 = -1/8; centred: 5/8, -3/8, 1/8, 1/8.
+    # Token variance = (10*25 + 30*9 + 20 + 20) / 64 / 80 = 560 / 5120 = 7/64.
+    std = math.sqrt(7) / 8
+    advantages_B = reinforce_pp_baseline(
+        torch.tensor([1.0, 1.0, 0.0, 1.0]), torch.tensor([7, 3, 7, 3]), torch.tensor([10, 20, 30, 20])
+    )
+    assert advantages_B.dtype == torch.float32
+    assert advantages_B.tolist() == pytest.approx([x / 8 / std for x in (5, 1, -3, 1)], abs=1e-6)
+
+
+def test_reinforce_pp_baseline_over_tokens_has_mean_zero_and_variance_one():
+    generator = torch.Generator().manual_seed(0)
+    rewards_B = torch.randint(0, 2, (64,), generator=generator).float()
+    tokens_B = torch.randint(1, 500, (64,), generator=generator)
+    advantages_B = reinforce_pp_baseline(rewards_B, torch.arange(64) // 8, tokens_B)
+    advantages_T = torch.repeat_interleave(advantages_B.double(), tokens_B)
+    assert advantages_T.mean().item() == pytest.approx(0.0, abs=1e-5)
+    assert advantages_T.var(correction=0).item() == pytest.approx(1.0, abs=1e-5)
+
+
+def test_grpo_divides_by_the_standard_deviation_of_the_group():
+    # Group 0: 1,0,0,0 -> mean 1/4, std sqrt(3)/4 -> sqrt(3), -1/sqrt(3) x3. Group 1: 1,0 -> +1, -1.
+    advantages_B = grpo(torch.tensor([1.0, 0, 0, 0, 1, 0]), torch.tensor([0, 0, 0, 0, 1, 1]))
+    third = 1 / math.sqrt(3)
+    assert advantages_B.tolist() == pytest.approx([math.sqrt(3), -third, -third, -third, 1, -1], abs=1e-6)
+
+
+@pytest.mark.parametrize("reward", [0.0, 1.0, 0.1, 1 / 3])
+def test_uniform_groups_get_zeros_never_nan_or_amplified_rounding(reward: float):
+    rewards_B, groups_B = torch.full((9,), reward), torch.arange(9) // 3
+    assert grpo(rewards_B, groups_B).abs().max().item() < 1e-6
+    advantages_B = reinforce_pp_baseline(rewards_B, groups_B, torch.arange(1, 10))
+    assert advantages_B.abs().max().item() < 1e-6
+
+
+def test_a_lone_rollout_and_a_batch_without_model_tokens_get_zeros():
+    one = torch.tensor([1.0])
+    assert grpo(one, torch.tensor([5])).tolist() == [0.0]
+    assert reinforce_pp_baseline(one, torch.tensor([5]), torch.tensor([0])).tolist() == [0.0]
