@@ -1,0 +1,1 @@
+"""What a run tells: metrics, progress on the terminal, the rollouts themselves, and the report."""

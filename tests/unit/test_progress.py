@@ -1,0 +1,60 @@
+"""Progress is readable with and without a terminal."""
+
+from __future__ import annotations
+
+import io
+
+import pytest
+from rich.console import Console
+
+from megatron_ztrl.observability import names
+from megatron_ztrl.observability.progress import Progress, format_duration
+
+METRICS = {
+    names.TRAIN_REWARD: 0.5,
+    names.TRAIN_ACCURACY: 0.5,
+    names.TRAIN_CODE_PROPORTION: 0.25,
+    names.THROUGHPUT_TOKENS: 1234.0,
+    names.TIME_STEP: 2.0,
+}
+
+
+def test_without_a_terminal_each_phase_and_each_step_is_one_plain_line() -> None:
+    console = Console(file=io.StringIO(), width=40)
+    with Progress(40, console=console) as progress:
+        with progress.startup("engine 0"):
+            pass
+        progress.phase("generating")
+        progress.step(10, METRICS)
+    lines = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
+    assert lines[0] == "engine 0 ..."
+    assert lines[1].startswith("engine 0: ready in 0.")
+    assert lines[2:] == [
+        "step 10/40  reward 0.500  accuracy 50.0%  code 25.0%  tokens/s 1,234  2.0 s/step  1:00 left"
+    ]
+
+
+def test_on_a_terminal_the_display_shows_the_step_the_phase_and_the_last_reward() -> None:
+    console = Console(file=io.StringIO(), width=120, force_terminal=True)
+    with Progress(40, console=console) as progress:
+        progress.phase("publishing weights")
+        progress.step(10, METRICS)
+        assert progress._live is not None
+        progress._live.refresh()
+        progress.note("a note")
+    text = console.file.getvalue()  # type: ignore[attr-defined]
+    for shown in ("step 10/40", "publishing weights", "reward 0.500", "a note"):
+        assert shown in text
+
+
+def test_the_time_left_follows_the_last_ten_steps_only() -> None:
+    progress = Progress(100, console=Console(file=io.StringIO()))
+    assert progress.eta_seconds() is None
+    for step in range(1, 21):
+        progress.step(step, {names.TIME_STEP: 100.0 if step <= 10 else 3.0})
+    assert progress.eta_seconds() == pytest.approx(80 * 3.0)
+
+
+@pytest.mark.parametrize(("seconds", "text"), [(4.4, "4 s"), (60, "1:00"), (187, "3:07"), (7387, "2:03:07")])
+def test_durations_read_naturally(seconds: float, text: str) -> None:
+    assert format_duration(seconds) == text
