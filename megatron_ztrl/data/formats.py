@@ -6,8 +6,8 @@ Recognised without configuration:
   too (GSM8K, DeepMath). GSM8K's worked ``answer`` is cut to what follows ``####``.
 * ``[{from: human, value}, {from: assistant, ground_truth: {value}}]``: Open-Reasoner-Zero, training.
 * ``{prompt: [{from: user, value}], final_answer}``: Open-Reasoner-Zero, evaluation.
-* ``{prompt: [{role, content}], reward_model: {ground_truth}}``: verl, DAPO, ToRL. A system message is dropped,
-  for the prompt template takes its place, and so is DAPO's request for an ``Answer:`` line.
+* ``{prompt: [{role, content}], reward_model: {ground_truth}}``: verl, DAPO, ToRL. A system message is
+  dropped, for the prompt template takes its place, and so is DAPO's request for an ``Answer:`` line.
 """
 
 from __future__ import annotations
@@ -64,8 +64,9 @@ def _from_conversation(messages: Sequence[Any]) -> dict[str, Any]:
         match message:
             case {"from": "human", "value": problem}:
                 record["problem"] = problem
-            case {"from": "assistant", "ground_truth": {"value": answer, **rest}}:
-                record |= {"answer": answer, **rest}
+            case {"from": "assistant", "ground_truth": dict(truth)}:
+                record |= truth
+                record["answer"] = record.pop("value", None)
     return record
 
 
