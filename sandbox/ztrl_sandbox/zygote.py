@@ -1,0 +1,106 @@
+"""The fork server: imports the preload set once, then forks workers on request.
+
+Started by the server under a scrubbed environment. One SOCK_SEQPACKET socket joins the two:
+
+* zygote → server, once: ``{"ready": true, "isolation": tier, "isolation_reason": why}`` or ``{"error": text}``
+* server → zygote: ``{"spawn": slot}`` with the worker's two sockets
+
+It must stay single-threaded (it forks), and holds no request data. Workers outlive it: they depend only on the
+server.
+"""
+
+from __future__ import annotations
+
+import gc
+import importlib
+import json
+import os
+import select
+import socket
+import sys
+from pathlib import Path
+
+from ztrl_sandbox import isolation, linux, proctree
+from ztrl_sandbox.protocol import Limits
+from ztrl_sandbox.worker import Worker
+
+_FRAME_BYTES = 4096
+
+
+class Zygote:
+    """The zygote's loop."""
+
+    def __init__(self, tier: isolation.Isolation, limits: Limits, scratch_root: Path, server: socket.socket) -> None:
+        self._tier = tier
+        self._limits = limits
+        self._scratch_root = scratch_root
+        self._server = server
+        self._poller = select.poll()
+        self._worker_pidfds: dict[int, int] = {}
+        """pidfd → pid."""
+
+    def run(self) -> None:
+        """Fork workers until the server closes its socket."""
+        # A killed worker's orphans come here, not to the host's init.
+        linux.prctl(linux.PR_SET_CHILD_SUBREAPER, 1)
+        self._poller.register(self._server, select.POLLIN)
+        while True:
+            ready = {fd for fd, _ in self._poller.poll()}
+            for pidfd in self._worker_pidfds.keys() & ready:
+                self._bury(pidfd)
+            if self._server.fileno() not in ready:
+                continue
+            message, fds, _, _ = socket.recv_fds(self._server, _FRAME_BYTES, 2, socket.MSG_CMSG_CLOEXEC)
+            if not message:
+                return
+            self._spawn(json.loads(message)["spawn"], fds)
+
+    def _spawn(self, index: int, fds: list[int]) -> None:
+        pid = os.fork()
+        if pid == 0:
+            exit_code = 1
+            try:
+                self._server.close()
+                for pidfd in self._worker_pidfds:
+                    os.close(pidfd)
+                requests, control = (socket.socket(fileno=fd) for fd in fds)
+                slot = isolation.Slot(index=index, limits=self._limits, scratch_root=self._scratch_root)
+                Worker(slot, self._tier, requests, control).run()
+                exit_code = 0
+            except Exception:
+                sys.excepthook(*sys.exc_info())
+            finally:
+                os._exit(exit_code)
+        for fd in fds:
+            os.close(fd)
+        pidfd = os.pidfd_open(pid)
+        self._worker_pidfds[pidfd] = pid
+        self._poller.register(pidfd, select.POLLIN)
+
+    def _bury(self, pidfd: int) -> None:
+        os.waitpid(self._worker_pidfds.pop(pidfd), 0)
+        self._poller.unregister(pidfd)
+        os.close(pidfd)
+        proctree.kill_children(spare=set(self._worker_pidfds.values()))
+
+
+def main() -> None:
+    """``argv``: the server socket's descriptor, then a JSON object of settings."""
+    server = socket.socket(fileno=int(sys.argv[1]))
+    settings = json.loads(sys.argv[2])
+    sys.argv = [""]
+    try:
+        for name in settings["preload"]:
+            importlib.import_module(name)
+        tier, reason = isolation.choose(settings["isolation"])
+        scratch_root = Path(settings["scratch_root"])
+        tier.prepare(scratch_root)
+    except Exception as error:
+        server.send(json.dumps({"error": f"{type(error).__name__}: {error}"}).encode()[:_FRAME_BYTES])
+        sys.exit(1)
+    gc.collect()
+    gc.freeze()
+    # Not dumpable: a snippet that shares our uid must not read our memory or borrow our descriptors.
+    linux.prctl(linux.PR_SET_DUMPABLE, 0)
+    server.send(json.dumps({"ready": True, "isolation": tier.name, "isolation_reason": reason}).encode())
+    Zygote(tier, Limits(**settings["limits"]), scratch_root, server).run()
