@@ -1,7 +1,7 @@
 """The Python tool: the tool-interrupt state machine of ZeroTIR (arXiv:2505.07773).
 
-    OUTSIDE --"```python"--> INSIDE --"```"--> run the block, append its output --> OUTSIDE
-    any other stop ends the rollout; after N executions the code stops are no longer set
+OUTSIDE --"```python"--> INSIDE --"```"--> run the block, append its output --> OUTSIDE
+any other stop ends the rollout; after N executions the code stops are no longer set
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ def last_block(response_text: str) -> tuple[str, str]:
 
 
 def format_result(result: ExecutionResult, timeout_seconds: float) -> str:
-    """What the model gets to read: the output; for a failure, the error; never an empty line for a time-out."""
+    """What the model gets to read: the output, and what went wrong; a time-out is never an empty line."""
     output = result.stdout.rstrip("\n")
     match result.status:
         case ExecutionStatus.OK | ExecutionStatus.OUTPUT_TRUNCATED:

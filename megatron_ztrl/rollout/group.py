@@ -26,7 +26,7 @@ class EngineFleet:
     """
 
     def __init__(self, engines: list[Engine], *, max_concurrent_per_engine: int) -> None:
-        self._load = {index: 0 for index in range(len(engines))}
+        self._load = dict.fromkeys(range(len(engines)), 0)
         self._engines = engines
         self._slots = asyncio.Semaphore(max_concurrent_per_engine * len(engines))
 
@@ -54,8 +54,10 @@ class GroupRunner:
     tool: ToolConfig
     sampling: Sampling
 
-    async def run(self, group_id: int, prompt: Prompt, *, group_size: int, env_iterations: int) -> RolloutGroup:
-        """Rolls out ``group_size`` siblings with at most ``env_iterations`` executions each, and scores them."""
+    async def run(
+        self, group_id: int, prompt: Prompt, *, group_size: int, env_iterations: int
+    ) -> RolloutGroup:
+        """Rolls out and scores ``group_size`` siblings with at most ``env_iterations`` executions each."""
         async with asyncio.TaskGroup() as tasks:
             rollouts = [
                 tasks.create_task(self._run_one(f"{group_id}.{index}", prompt, env_iterations))

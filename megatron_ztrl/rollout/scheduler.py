@@ -1,8 +1,8 @@
 """Who may start a rollout, and in which order groups are trained.
 
 Staleness is bounded by admission, never by throwing rollouts away: at most ``(max_staleness + 1) *
-groups_per_step`` groups are admitted and not yet released, and groups are trained strictly in the order of their
-admission. A group admitted under version v is then trained at version v + max_staleness at the latest.
+groups_per_step`` groups are admitted and not yet released, and groups are trained strictly in the order of
+their admission. A group admitted under version v is then trained at version v + max_staleness at the latest.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """One rollout: token in, token out. Text is decoded to decide, never re-tokenised.
 
-A rollout is a sequence of token-exact segments. Model tokens carry their log-prob, loss mask True and the weight
-version that sampled them; the tokens of a tool reply carry mask False. All four lists grow together, in one place
-each (`_append_model_tokens`, `_append_reply`).
+A rollout is a sequence of token-exact segments. Model tokens carry their log-prob, loss mask True and the
+weight version that sampled them; the tokens of a tool reply carry mask False. All four lists grow together, in
+one place each (`_append_model_tokens`, `_append_reply`).
 """
 
 from __future__ import annotations
@@ -156,7 +156,9 @@ def _append_reply(rollout: Rollout, reply_ids: list[int], sampling: Sampling) ->
     rollout.weight_versions.extend([NOT_SAMPLED] * len(reply_ids))
 
 
-def _first_stop(rollout: Rollout, segment_start: int, tokenizer: Tokenizer, stop: Sequence[str]) -> str | None:
+def _first_stop(
+    rollout: Rollout, segment_start: int, tokenizer: Tokenizer, stop: Sequence[str]
+) -> str | None:
     """The first stop string in the segment. Tokens after the one that completes it are dropped, exactly."""
     segment_ids = rollout.token_ids[segment_start:]
     text = tokenizer.decode(segment_ids)

@@ -8,6 +8,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
+from typing import Any
 
 OBJECT_STORE_BYTES = 512 << 20
 """Of the embedded cluster: packed batches and log-probs, a few hundred KB each."""
@@ -48,3 +49,13 @@ def cluster_gpus() -> int:
     import ray
 
     return int(ray.cluster_resources().get("GPU", 0))
+
+
+async def result(reference: Any) -> Any:
+    """The result of a remote call; its error is raised as itself, with the remote traceback as its cause."""
+    from ray.exceptions import RayTaskError
+
+    try:
+        return await reference
+    except RayTaskError as error:
+        raise error.cause from error

@@ -15,7 +15,7 @@ import numpy as np
 
 from megatron_ztrl.config.schema import Config
 from megatron_ztrl.data.packing import PackedBatch
-from megatron_ztrl.runtime.cluster import cluster_gpus
+from megatron_ztrl.runtime.cluster import cluster_gpus, result
 from megatron_ztrl.types import TensorSlice
 
 
@@ -68,10 +68,10 @@ class MegatronWorld:
 
     async def build(self) -> None:
         """Starts all ranks and loads the initial policy into their shards."""
-        init_method = await self._ranks[0].rendezvous.remote()
+        init_method = await result(self._ranks[0].rendezvous.remote())
         roles = await asyncio.gather(
             *(
-                rank.build.remote(self._config, index, self._world_size, init_method)
+                result(rank.build.remote(self._config, index, self._world_size, init_method))
                 for index, rank in enumerate(self._ranks)
             )
         )
@@ -116,7 +116,9 @@ class MegatronWorld:
         import ray
 
         shared = [ray.put(arg) if isinstance(arg, PackedBatch) else arg for arg in args]
-        return await asyncio.gather(*(rank.call.remote(method, *shared, **kwargs) for rank in self._ranks))
+        return await asyncio.gather(
+            *(result(rank.call.remote(method, *shared, **kwargs)) for rank in self._ranks)
+        )
 
     def kill(self) -> None:
         """Ends all ranks at once."""

@@ -30,11 +30,13 @@ async def test_a_block_is_run_when_it_closes_and_its_output_is_appended():
     environment, ran = tool(result(stdout="8968\n"))
     assert environment.stop_strings() == ("</answer>", "```python")
     opened = await environment.react("Let me see\n```python", "```python")
-    assert opened.reply is None and not opened.finished
+    assert opened.reply is None
+    assert not opened.finished
     assert environment.stop_strings() == ("```",)
     closed = await environment.react("Let me see\n```python\nprint(472*19)\n```", "```")
     assert ran == ["print(472*19)\n"]
-    assert closed.reply == "\n```output\n8968\n```\n" and not closed.finished
+    assert closed.reply == "\n```output\n8968\n```\n"
+    assert not closed.finished
     assert environment.stop_strings() == ("</answer>", "```python")
 
 
@@ -75,14 +77,17 @@ async def test_infrastructure_failure_ends_the_rollout_without_a_reply():
     environment, _ = tool(result(ExecutionStatus.SANDBOX_ERROR))
     await environment.react("```python", "```python")
     closed = await environment.react("```python\nprint(1)\n```", "```")
-    assert closed.finished and closed.reply is None and closed.result is not None
+    assert closed.finished
+    assert closed.reply is None
+    assert closed.result is not None
 
 
 async def test_a_reply_over_the_limit_asks_to_check_the_code():
     environment, _ = tool(result(stdout="9" * 600), max_output_tokens=100)
     await environment.react("```python", "```python")
     closed = await environment.react("```python\nprint('9'*600)\n```", "```")
-    assert TOO_LONG_MESSAGE in closed.reply and "999" not in closed.reply
+    assert TOO_LONG_MESSAGE in closed.reply
+    assert "999" not in closed.reply
 
 
 def test_the_rest_of_the_opening_line_is_not_code():

@@ -54,7 +54,8 @@ async def test_the_worst_staleness_is_exactly_the_bound_with_a_fifth_of_groups_f
         scheduler.release(4)
     await scheduler.stop()
     assert worst == max_staleness
-    assert trained == sorted(set(trained)) and len(trained) == 240
+    assert trained == sorted(set(trained))
+    assert len(trained) == 240
 
 
 async def test_groups_are_taken_in_admission_order_even_when_later_ones_finish_first():

@@ -1,7 +1,7 @@
 """Token, mask, log-prob and version alignment of one rollout, against a scripted engine.
 
-The tokenizer maps one token to one byte or to a few, so that stop strings complete in the middle of a token and
-characters span tokens. The real engine is used in tests/integration.
+The tokenizer maps one token to one byte or to a few, so that stop strings complete in the middle of a token
+and characters span tokens. The real engine is used in tests/integration.
 """
 
 import pytest
@@ -93,7 +93,8 @@ async def test_model_tokens_are_trained_and_reply_tokens_are_not():
     assert rollout.loss_mask == [True] * len(call) + [False] * len(reply) + [True] * 2
     assert rollout.weight_versions == [0] * len(call) + [NOT_SAMPLED] * len(reply) + [3] * 2
     assert rollout.logprobs == [-0.5] * len(call) + [0.0] * len(reply) + [-0.5] * 2
-    assert rollout.stop_reason is StopReason.STOP and rollout.executed_calls == 1
+    assert rollout.stop_reason is StopReason.STOP
+    assert rollout.executed_calls == 1
     first, last = rollout.turns
     assert (first.start, first.tool_start, first.end) == (0, len(call), len(call) + len(reply))
     assert (last.start, last.tool_start, last.end) == (first.end, first.end + 2, first.end + 2)
@@ -120,7 +121,11 @@ async def test_tokens_after_the_one_that_completes_a_stop_are_dropped_exactly():
 
 async def test_a_closing_fence_merged_with_the_next_line_is_kept_as_sampled():
     rollout, _ = await rollout_of(
-        [completion([257], matched="```python"), completion([*b"\n1\n", 256], matched="```"), completion("x")],
+        [
+            completion([257], matched="```python"),
+            completion([*b"\n1\n", 256], matched="```"),
+            completion("x"),
+        ],
         output="1",
     )
     assert rollout.text == "```python\n1\n```\n```output\n1\n```\nx"
@@ -131,7 +136,8 @@ async def test_an_interrupted_call_resumes_at_its_last_token_under_the_new_versi
     rollout, engine = await rollout_of(
         [completion("abc", finish=FinishReason.ABORT, spans=spans), completion("d", version=4)]
     )
-    assert rollout.text == "abcd" and rollout.weight_versions == [1, 1, 2, 4]
+    assert rollout.text == "abcd"
+    assert rollout.weight_versions == [1, 1, 2, 4]
     assert engine.calls[1][0] == list(b"Q:abc")
     assert engine.calls[1][1] == engine.calls[0][1] - 3
     assert rollout.oldest_version == 1
@@ -162,7 +168,8 @@ async def test_the_budget_counts_model_and_tool_tokens():
         max_response_tokens=1 + 6 + len("\n```output\n1\n```\n") + 4,
     )
     assert [budget for _, budget, _ in engine.calls] == [28, 27, 4]
-    assert rollout.stop_reason is StopReason.LENGTH and len(rollout.token_ids) == 28
+    assert rollout.stop_reason is StopReason.LENGTH
+    assert len(rollout.token_ids) == 28
 
 
 async def test_a_reply_that_does_not_fit_ends_the_rollout_without_it():
@@ -172,7 +179,8 @@ async def test_a_reply_that_does_not_fit_ends_the_rollout_without_it():
         max_response_tokens=20,
     )
     assert rollout.stop_reason is StopReason.LENGTH
-    assert all(rollout.loss_mask) and rollout.executed_calls == 1
+    assert all(rollout.loss_mask)
+    assert rollout.executed_calls == 1
 
 
 async def test_an_infrastructure_failure_marks_the_rollout_untrainable():
@@ -180,7 +188,8 @@ async def test_an_infrastructure_failure_marks_the_rollout_untrainable():
         [completion([257], matched="```python"), completion("\n1\n```", matched="```")],
         status=ExecutionStatus.SANDBOX_ERROR,
     )
-    assert rollout.stop_reason is StopReason.INFRASTRUCTURE and not rollout.trainable
+    assert rollout.stop_reason is StopReason.INFRASTRUCTURE
+    assert not rollout.trainable
 
 
 async def test_a_gap_in_the_version_spans_is_an_error():

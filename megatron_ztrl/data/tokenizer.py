@@ -1,0 +1,37 @@
+"""The policy's tokenizer, as rollouts use it: plain text in, no special tokens added, none shown."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+
+class PolicyTokenizer:
+    """A Hugging Face tokenizer without its conveniences, which would change tokens behind our back.
+
+    Raises:
+        ValueError: The directory holds no tokenizer.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        from transformers import AutoTokenizer
+
+        try:
+            self._tokenizer = AutoTokenizer.from_pretrained(directory)
+        except (OSError, ValueError) as error:
+            reason = str(error).splitlines()[0]
+            raise ValueError(f"model.path={directory}: no usable tokenizer ({reason})") from error
+
+    def encode(self, text: str, *, add_special_tokens: bool = False) -> list[int]:
+        """Token ids of a text."""
+        return self._tokenizer.encode(text, add_special_tokens=add_special_tokens)
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """The text of tokens, special ones left out."""
+        return self._tokenizer.decode(token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+    def decode_all(self, token_ids: Sequence[int]) -> str:
+        """The text of tokens, special ones included: for people to read."""
+        return self._tokenizer.decode(
+            token_ids, skip_special_tokens=False, clean_up_tokenization_spaces=False
+        )

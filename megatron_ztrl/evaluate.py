@@ -1,0 +1,117 @@
+"""Evaluation: avg@k of the current policy on held-out problems, for each number N of env iterations."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+from megatron_ztrl.config.schema import Config
+from megatron_ztrl.data.prompts import load_prompts
+from megatron_ztrl.data.tokenizer import PolicyTokenizer
+from megatron_ztrl.envs.prompt_templates import get_template
+from megatron_ztrl.observability import names
+from megatron_ztrl.observability.progress import Progress
+from megatron_ztrl.rollout.statistics import rollout_statistics
+from megatron_ztrl.rollout.trajectory import Sampling
+from megatron_ztrl.runtime.system import RolloutSystem, launch_rollouts
+from megatron_ztrl.types import Prompt, Rollout
+
+_FIRST_MEASURES = (names.ACCURACY, names.CODE_PROPORTION, names.CODE_RATIO)
+
+
+class Evaluator:
+    """Evaluates on the prompts of every data set. Rollouts share the engines with training.
+
+    Args:
+        system: The running system.
+        prompts: By data set, from `load_eval_prompts`.
+    """
+
+    def __init__(self, system: RolloutSystem, prompts: dict[str, list[Prompt]]) -> None:
+        self._system = system
+        self._prompts = prompts
+        config = system.config
+        self._runner = system.group_runner(
+            Sampling(
+                temperature=config.eval.temperature,
+                top_p=config.eval.top_p,
+                max_response_tokens=config.rollout.max_response_tokens,
+            )
+        )
+
+    async def evaluate(self, env_iterations: int) -> tuple[dict[str, float], list[Rollout]]:
+        """Rolls out every evaluation prompt.
+
+        Returns:
+            Metrics ``<data set>/<statistic>``, and the rollouts.
+        """
+        metrics: dict[str, float] = {}
+        every: list[Rollout] = []
+        for name, prompts in self._prompts.items():
+            groups = await asyncio.gather(
+                *(
+                    self._runner.run(
+                        index,
+                        prompt,
+                        group_size=self._system.config.eval.samples_per_prompt,
+                        env_iterations=env_iterations,
+                    )
+                    for index, prompt in enumerate(prompts)
+                )
+            )
+            rollouts = [rollout for group in groups for rollout in group.rollouts]
+            every += rollouts
+            statistics = rollout_statistics(rollouts)
+            statistics["pass_at_k"] = sum(
+                any(rollout.reward for rollout in group.rollouts) for group in groups
+            ) / len(groups)
+            metrics |= {f"{name}/{key}": value for key, value in statistics.items()}
+        return metrics, every
+
+
+def load_eval_prompts(config: Config) -> dict[str, list[Prompt]]:
+    """The prompts of every evaluation set, by its name.
+
+    Raises:
+        ValueError: A data set is missing or broken; the message names file and row.
+    """
+    template = get_template(config.data.prompt_template)
+    return {dataset.name: load_prompts(dataset, template.render) for dataset in config.data.eval}
+
+
+def run_evaluation(config: Config) -> dict[int, dict[str, float]]:
+    """Evaluates the policy at ``model.path``; writes ``<run>/eval.json``.
+
+    Returns:
+        Metrics ``<data set>/<statistic>`` by N.
+
+    Raises:
+        ValueError: Something the user gave is missing or wrong.
+    """
+    return asyncio.run(_run(config))
+
+
+async def _run(config: Config) -> dict[int, dict[str, float]]:
+    prompts = load_eval_prompts(config)
+    if not prompts:
+        raise ValueError("data.eval: no data set to evaluate on; add one")
+    tokenizer = PolicyTokenizer(Path(config.model.path))
+    directory = Path(config.run.directory)
+    results: dict[int, dict[str, float]] = {}
+    with Progress(len(config.eval.env_iterations)) as progress:
+        async with launch_rollouts(config, directory, tokenizer, progress) as system:
+            evaluator = Evaluator(system, prompts)
+            for env_iterations in config.eval.env_iterations:
+                progress.phase(f"evaluating at N = {env_iterations}")
+                results[env_iterations], _ = await evaluator.evaluate(env_iterations)
+                progress.note(f"N = {env_iterations}  {evaluation_line(results[env_iterations])}")
+    (directory / "eval.json").write_text(json.dumps(results, indent=2) + "\n")
+    return results
+
+
+def evaluation_line(metrics: Mapping[str, float]) -> str:
+    """The measures that people look at first, in one line."""
+    shown = [f"{key} {value:.3f}" for key, value in metrics.items() if key.endswith(_FIRST_MEASURES)]
+    return "  ".join(shown)

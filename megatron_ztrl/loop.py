@@ -1,0 +1,111 @@
+"""The training loop, synchronous and asynchronous alike.
+
+``rollout.max_staleness = 0`` generates, trains and publishes in turn; a larger value keeps generating while
+the actor trains, and bounds how many steps any sampled token lags behind. The rest is one code path.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+from megatron_ztrl.config.schema import Config
+from megatron_ztrl.data.batches import training_batches, with_old_logprobs
+from megatron_ztrl.data.packing import PackedBatch
+from megatron_ztrl.data.prompts import PromptSource, load_prompts
+from megatron_ztrl.data.tokenizer import PolicyTokenizer
+from megatron_ztrl.envs.prompt_templates import get_template
+from megatron_ztrl.evaluate import Evaluator, load_eval_prompts
+from megatron_ztrl.observability.clock import PhaseClock
+from megatron_ztrl.observability.progress import Progress
+from megatron_ztrl.observability.run_info import write_run_info
+from megatron_ztrl.runtime.checkpoints import CheckpointStore
+from megatron_ztrl.runtime.interrupt import StopRequest
+from megatron_ztrl.runtime.system import launch
+from megatron_ztrl.session import TrainingSession
+
+
+async def train(session: TrainingSession) -> bool:
+    """Runs the loop to its last step, or until ``session.stop`` is set.
+
+    Returns:
+        Whether the last step was reached. The state is saved either way.
+    """
+    config, system, scheduler = session.config, session.system, session.scheduler
+    version = await session.restore()
+    await system.publisher.publish(version)
+    scheduler.start(session.backlog)
+    while version < config.train.num_steps and not session.stop.is_set():
+        await session.evaluate_if_due(version)
+        clock = PhaseClock()
+        with clock.phase("rollout"):
+            taken = await session.take_groups()
+        if taken is None:  # interrupted while waiting: nothing of this step has happened yet
+            break
+        batches = training_batches(taken.groups, config, session.rng(version))
+        with clock.phase("logprobs"):
+            batches = [await _with_old_logprobs(session, batch) for batch in batches]
+        with clock.phase("train"):
+            statistics = [await system.actor.train_step(batch, version) for batch in batches]
+        version += 1
+        with clock.phase("publish"):
+            await system.publisher.publish(version)
+        scheduler.release(len(taken.groups))  # only now: this is what bounds the staleness
+        session.log_step(version, taken, statistics, batches, clock)
+        await session.save_if_due(version)
+    return await session.finish(version)
+
+
+async def _with_old_logprobs(session: TrainingSession, batch: PackedBatch) -> PackedBatch:
+    if session.config.algorithm.old_logprobs == "engine":
+        return with_old_logprobs(batch, None)
+    return with_old_logprobs(batch, await session.system.actor.logprobs(batch))
+
+
+def run_training(config: Config, *, resume: bool) -> None:
+    """Runs a whole training job in this process.
+
+    Args:
+        config: Checked; ``model.path`` is a local directory.
+        resume: Go on from the newest checkpoint in ``run.directory``, if there is one.
+
+    Raises:
+        ValueError: Something the user gave is missing or wrong.
+        KeyboardInterrupt: The run was interrupted; its state is saved.
+    """
+    if not asyncio.run(_run(config, resume=resume)):
+        raise KeyboardInterrupt
+
+
+async def _run(config: Config, *, resume: bool) -> bool:
+    # Everything that the user may have got wrong is read before the first process starts.
+    tokenizer = PolicyTokenizer(Path(config.model.path))
+    source = PromptSource(
+        load_prompts(config.data.train, get_template(config.data.prompt_template).render),
+        seed=config.run.seed,
+        max_prompt_tokens=config.data.max_prompt_tokens,
+        tokenize=tokenizer.encode,
+    )
+    eval_prompts = load_eval_prompts(config)
+    directory = Path(config.run.directory)
+    checkpoint = CheckpointStore(directory / "checkpoints", keep_last=1).latest() if resume else None
+    write_run_info(config)
+    with Progress(config.train.num_steps) as progress:
+        stop = StopRequest(progress.note)
+        if source.left_out:
+            progress.note(f"{source.left_out} prompts are longer than data.max_prompt_tokens: left out")
+        with stop.listening():
+            async with launch(config, directory, tokenizer, progress) as system:
+                session = TrainingSession(
+                    system,
+                    source,
+                    Evaluator(system.rollouts, eval_prompts),
+                    decode=tokenizer.decode_all,
+                    checkpoint=checkpoint,
+                    progress=progress,
+                    stop=stop.event,
+                )
+                stop.loop_is_running = True
+                finished = await train(session)
+                stop.loop_is_running = False
+                return finished
