@@ -73,6 +73,7 @@ _OWNED_SERVER: dict[str, str] = {
     "max_running_requests": "set engine.max_running_requests",
     "custom_weight_loader": "the publisher installs its own loader",
     "weight_version": "counted by the publisher",
+    "random_seed": "set run.seed",
 }
 
 

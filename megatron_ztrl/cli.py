@@ -1,0 +1,182 @@
+"""The command ``ztrl``. What a user got wrong is one line on stderr and exit code 2, never a traceback."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, NoReturn
+
+if TYPE_CHECKING:
+    from megatron_ztrl.config.schema import Config
+
+SOMETHING_MISSING = 1
+USER_ERROR = 2
+INTERRUPTED = 130
+_OUR_PACKAGES = ("megatron_ztrl", "ztrl_sandbox", "__main__")
+
+_EXAMPLES = """\
+examples:
+  ztrl train config.yaml
+  ztrl train config.yaml rollout.env_iterations=4 actor.learning_rate=1e-6 --resume
+  ztrl eval config.yaml model.path=runs/demo/policy
+  ztrl report runs/demo --control runs/demo-no-tool
+  ztrl doctor
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command and returns the exit code: 0, 2 for what the user got wrong, 130 when interrupted."""
+    options = _parse(sys.argv[1:] if arguments is None else arguments)
+    try:
+        return options.command(options)
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except (ValueError, FileNotFoundError) as error:
+        if os.environ.get("ZTRL_TRACEBACK") == "1" or not _is_for_the_user(error):
+            raise
+        for line in str(error).splitlines():
+            print(f"error: {line}", file=sys.stderr)
+        return USER_ERROR
+
+
+def _train(options: argparse.Namespace) -> int:
+    config = _load(options.config, options.words)
+    _refuse_to_mix_runs(config, options.resume)
+    from megatron_ztrl.loop import run_training
+
+    run_training(config, resume=options.resume)
+    return 0
+
+
+def _evaluate(options: argparse.Namespace) -> int:
+    config = _load(options.config, options.words)
+    from megatron_ztrl.evaluate import run_evaluation
+
+    run_evaluation(config)
+    return 0
+
+
+def _report(options: argparse.Namespace) -> int:
+    from megatron_ztrl.observability.report import write_report
+
+    runs = [options.run_directory, *map(Path, options.words)]
+    print(write_report(runs, control=options.control))
+    return 0
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    from megatron_ztrl.doctor import examine, print_table, to_json
+
+    findings = examine()
+    if options.json:
+        print(to_json(findings))
+    else:
+        print_table(findings)
+    return SOMETHING_MISSING if any(finding.blocks for finding in findings) else 0
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(USER_ERROR, f"error: {message} (see {self.prog} --help)\n")
+
+
+def _parser() -> _Parser:
+    parser = _Parser(
+        prog="ztrl",
+        description="Teach a base language model to use Python while it solves maths.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+
+    def add(name: str, command: object, summary: str) -> _Parser:
+        subparser = commands.add_parser(name, help=summary, description=summary)
+        subparser.set_defaults(command=command, parser=subparser)
+        return subparser
+
+    train = add("train", _train, "Train a policy.")
+    evaluate = add("eval", _evaluate, "Evaluate model.path on data.eval, for each N of eval.env_iterations.")
+    for subparser in (train, evaluate):
+        subparser.add_argument("config", type=Path, metavar="CONFIG", help="YAML file of the run")
+        subparser.add_argument(
+            "words",
+            nargs="*",
+            default=[],
+            metavar="a.b=c",
+            help="overrides, e.g. actor.learning_rate=1e-6 or eval.env_iterations=[0,4]",
+        )
+    train.add_argument(
+        "--resume",
+        action="store_true",
+        help="go on from the last checkpoint in run.directory, if there is one",
+    )
+    report = add("report", _report, "Write report.html, its figures and summary.json into a run directory.")
+    report.add_argument("run_directory", type=Path, metavar="RUN_DIR", help="the run to report on")
+    report.add_argument("words", nargs="*", default=[], metavar="RUN_DIR", help="more runs, drawn beside it")
+    report.add_argument(
+        "--control",
+        type=Path,
+        metavar="RUN_DIR",
+        help="the same run without the tool (rollout.env_iterations=0)",
+    )
+    doctor = add("doctor", _doctor, "Show what this machine can run, what is missing, and how to get it.")
+    doctor.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    return parser
+
+
+def _parse(arguments: Sequence[str]) -> argparse.Namespace:
+    """Like ``parse_args``, but options may stand between the words: ``train CONFIG a=1 --resume b=2``."""
+    parser = _parser()
+    options, rest = parser.parse_known_args(arguments)
+    for word in rest:
+        if word.startswith("-") or "words" not in options:
+            options.parser.error(f"unrecognized argument: {word}")
+        options.words = [*options.words, word]
+    return options
+
+
+def _load(path: Path, overrides: list[str]) -> Config:
+    """The configuration, after every check that needs no process."""
+    from megatron_ztrl.config.load import ConfigError, check_config, load_config
+    from megatron_ztrl.config.native import check_native
+    from megatron_ztrl.trainer.topology import check_topology
+
+    config = load_config(path, overrides)
+    for check in (check_config, check_native, check_topology):
+        try:
+            check(config)
+        except ValueError as error:
+            if not _is_for_the_user(error):
+                raise
+            raise ConfigError("\n".join(f"{path}: {line}" for line in str(error).splitlines())) from error
+    return config
+
+
+def _refuse_to_mix_runs(config: Config, resume: bool) -> None:
+    from megatron_ztrl.config.load import ConfigError
+    from megatron_ztrl.observability.names import METRICS_FILE
+
+    if not resume and (Path(config.run.directory) / METRICS_FILE).exists():
+        raise ConfigError(
+            f"run.directory: {config.run.directory} already holds a run; "
+            "add --resume to go on with it, or choose another directory"
+        )
+
+
+def _is_for_the_user(error: Exception) -> bool:
+    """Whether our own code raised it; one out of torch or Megatron is a bug, and keeps its traceback."""
+    innermost: TracebackType | None = error.__traceback__
+    while innermost is not None and innermost.tb_next is not None:
+        innermost = innermost.tb_next
+    module = innermost.tb_frame.f_globals.get("__name__", "") if innermost else ""
+    return module.partition(".")[0] in _OUR_PACKAGES
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,155 @@
+"""``ztrl`` answers a user's mistake with one line on stderr and exit code 2."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatron_ztrl import cli
+from megatron_ztrl.config.load import ConfigError
+
+CONFIG = """
+run: {directory: RUN}
+model: {path: ./model}
+data: {train: {name: t, path: ./problems.jsonl}}
+train: {num_steps: 3}
+eval: {interval_steps: 0}
+"""
+MODEL = {
+    "architectures": ["Qwen2ForCausalLM"],
+    "model_type": "qwen2",
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 300,
+    "max_position_embeddings": 512,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 10000.0,
+    "tie_word_embeddings": True,
+}
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Path:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text(json.dumps(MODEL))
+    (tmp_path / "problems.jsonl").write_text("")
+    path = tmp_path / "config.yaml"
+    path.write_text(CONFIG.replace("RUN", str(tmp_path / "run")))
+    return path
+
+
+def ztrl(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "megatron_ztrl.cli", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, **environment},
+    )
+
+
+def refusal(*arguments: object) -> str:
+    """The one line of a refused command, without its ``error: ``."""
+    done = ztrl(*arguments)
+    assert done.returncode == cli.USER_ERROR, done.stderr
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("error: ")
+    return line.removeprefix("error: ")
+
+
+def test_a_missing_file_is_one_line(tmp_path: Path) -> None:
+    assert refusal("train", tmp_path / "no.yaml") == f"{tmp_path}/no.yaml: no such configuration file"
+
+
+def test_an_unknown_key_is_one_line(config: Path) -> None:
+    message = refusal("train", config, "rollout.group_sise=4")
+    assert message == "override: rollout.group_sise: unknown key; did you mean 'group_size'?"
+
+
+def test_a_value_out_of_range_names_the_file_and_the_key(config: Path) -> None:
+    assert refusal("eval", config, "rollout.group_size=1") == (
+        f"{config}: rollout.group_size: must be at least 2, got 1"
+    )
+
+
+def test_a_native_option_of_the_project_is_one_line(config: Path) -> None:
+    assert refusal("train", config, "megatron.optimizer.lr=1") == (
+        f"{config}: megatron.optimizer.lr: not set here: set actor.learning_rate"
+    )
+
+
+def test_a_layout_the_model_does_not_fit_is_one_line(config: Path) -> None:
+    message = refusal("train", config, "actor.tensor_parallel_size=3")
+    assert message.startswith(f"{config}: actor.tensor_parallel_size: ")
+
+
+def test_a_directory_that_holds_a_run_is_not_mixed_with_another(config: Path, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "metrics.jsonl").touch()
+    assert "already holds a run; add --resume" in refusal("train", config)
+
+
+def test_a_report_on_something_else_is_one_line(tmp_path: Path) -> None:
+    assert refusal("report", tmp_path) == f"{tmp_path}: not a run directory (it has no metrics.jsonl)"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "the following arguments are required: COMMAND (see ztrl --help)"),
+        (["train"], "the following arguments are required: CONFIG (see ztrl train --help)"),
+        (["train", "c.yaml", "--resum", "--x"], "unrecognized argument: --x (see ztrl train --help)"),
+        (["doctor", "now"], "unrecognized argument: now (see ztrl doctor --help)"),
+    ],
+)
+def test_a_wrong_command_line_is_one_line(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        cli.main(arguments)
+    assert caught.value.code == cli.USER_ERROR
+    assert capsys.readouterr().err == f"error: {message}\n"
+
+
+def test_the_traceback_is_there_for_who_asks(tmp_path: Path) -> None:
+    done = ztrl("train", tmp_path / "no.yaml", ZTRL_TRACEBACK="1")
+    assert "Traceback" in done.stderr
+    assert "FileNotFoundError" in done.stderr
+
+
+def test_options_may_stand_between_overrides() -> None:
+    options = cli._parse(["train", "c.yaml", "a.b=1", "--resume", "c.d=2", "e.f=-1"])
+    assert (options.config, options.words, options.resume) == (
+        Path("c.yaml"),
+        ["a.b=1", "c.d=2", "e.f=-1"],
+        True,
+    )
+
+
+def test_an_interrupted_command_ends_with_130(monkeypatch: pytest.MonkeyPatch, config: Path) -> None:
+    def interrupted(path: Path, overrides: list[str]) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "_load", interrupted)
+    assert cli.main(["train", str(config)]) == cli.INTERRUPTED
+
+
+def test_a_bug_keeps_its_traceback_and_a_users_mistake_does_not() -> None:
+    def our_own() -> None:
+        from megatron_ztrl.config.load import load_config
+
+        load_config("c.yaml", ["x"])
+
+    with pytest.raises(json.JSONDecodeError) as theirs:
+        json.loads("{")
+    assert not cli._is_for_the_user(theirs.value)
+    with pytest.raises((ConfigError, FileNotFoundError)) as ours:
+        our_own()
+    assert cli._is_for_the_user(ours.value)
