@@ -175,7 +175,7 @@ class TrainingSession:
         )
         for key in statistics[0]:
             metrics[f"loss/{key}"] = fmean(row[key] for row in statistics)
-        metrics[names.LOSS_LOGPROB_GAP] = fmean(logprob_gap(batch) for batch in batches)
+        metrics[names.LOSS_LOGPROB_GAP] = max(logprob_gap(batch) for batch in batches)
         metrics |= _times(clock, rollouts)
         seconds = clock.step_seconds()
         metrics[names.THROUGHPUT_TOKENS] = model_tokens(seen) / seconds

@@ -70,10 +70,9 @@ def with_old_logprobs(
 
 
 def logprob_gap(batch: PackedBatch) -> float:
-    """Mean |trainer - engine| over the trained tokens, in nats."""
-    total = sum(
-        float(np.abs(mb.per_token["old_logprobs"] - mb.per_token["rollout_logprobs"])[mb.loss_mask_T].sum())
+    """The largest |trainer - engine| over the trained tokens, in nats."""
+    return max(
+        float(np.abs(mb.per_token["old_logprobs"] - mb.per_token["rollout_logprobs"]).max(initial=0.0))
         for rank in batch.microbatches
         for mb in rank
     )
-    return total / batch.trained_tokens

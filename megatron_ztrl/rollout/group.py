@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass
 
 from megatron_ztrl.config.schema import ToolConfig
@@ -25,7 +25,7 @@ class EngineFleet:
         max_concurrent_per_engine: Rollouts beyond this wait here, not in the server's queue.
     """
 
-    def __init__(self, engines: list[Engine], *, max_concurrent_per_engine: int) -> None:
+    def __init__(self, engines: Sequence[Engine], *, max_concurrent_per_engine: int) -> None:
         self._load = dict.fromkeys(range(len(engines)), 0)
         self._engines = engines
         self._slots = asyncio.Semaphore(max_concurrent_per_engine * len(engines))

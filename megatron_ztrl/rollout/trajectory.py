@@ -1,13 +1,14 @@
 """One rollout: token in, token out. Text is decoded to decide, never re-tokenised.
 
 A rollout is a sequence of token-exact segments. Model tokens carry their log-prob, loss mask True and the
-weight version that sampled them; the tokens of a tool reply carry mask False. All four lists grow together, in
-one place each (`_append_model_tokens`, `_append_reply`).
+weight version that sampled them; the tokens of a tool reply carry mask False. All four lists grow together,
+in one place each (`_append_model_tokens`, `_append_reply`).
 """
 
 from __future__ import annotations
 
 import time
+import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -35,7 +36,7 @@ class Engine(Protocol):
         stop: Sequence[str],
         temperature: float,
         top_p: float,
-        request_id: str | None = None,
+        request_id: str,
     ) -> Completion: ...
 
 
@@ -119,6 +120,7 @@ async def _generate(
             stop=stop,
             temperature=sampling.temperature,
             top_p=sampling.top_p,
+            request_id=f"{rollout.rollout_id}-{uuid.uuid4().hex}",
         )
         rollout.generate_seconds += time.monotonic() - started
         _append_model_tokens(rollout, completion)

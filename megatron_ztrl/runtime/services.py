@@ -2,20 +2,37 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Protocol
 
+from megatron_ztrl.engines.server import EngineServer
 from megatron_ztrl.runtime.cluster import cluster_gpus, result
 
 
 class Server(Protocol):
     """A server process that can be started and stopped."""
 
-    url: str
+    async def start(self) -> str:
+        """Returns the URL once it serves."""
+        ...
 
-    def start(self) -> None: ...
+    async def stop(self) -> None: ...
 
-    def stop(self) -> None: ...
+
+class Engine:
+    """An `EngineServer` as a `Server`."""
+
+    def __init__(self, server: EngineServer) -> None:
+        self._server = server
+
+    async def start(self) -> str:
+        self._server.start()  # in this thread, which lives as long as the host: the engine dies with it
+        await asyncio.to_thread(self._server.wait_healthy)
+        return self._server.url
+
+    async def stop(self) -> None:
+        await asyncio.to_thread(self._server.stop)
 
 
 class _Host:
@@ -24,15 +41,11 @@ class _Host:
     def __init__(self, build: Callable[[], Server]) -> None:
         self._server = build()
 
-    def start(self) -> str:
-        self._server.start()
-        return self._server.url
+    async def start(self) -> str:
+        return await self._server.start()
 
-    def call(self, method: str, *args: Any) -> Any:
-        return getattr(self._server, method)(*args)
-
-    def stop(self) -> None:
-        self._server.stop()
+    async def stop(self) -> None:
+        await self._server.stop()
 
 
 class HostedServer:
@@ -53,15 +66,11 @@ class HostedServer:
         """Starts the server and waits until it serves. Returns its URL."""
         return await result(self._host.start.remote())
 
-    async def call(self, method: str, *args: Any) -> Any:
-        """Calls a method of the server object on its node."""
-        return await result(self._host.call.remote(method, *args))
-
     async def stop(self) -> None:
         """Stops the server, then its host."""
         import ray
 
         try:
-            await self._host.stop.remote()
+            await result(self._host.stop.remote())
         finally:
             ray.kill(self._host)

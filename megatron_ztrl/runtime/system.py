@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import functools
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from ztrl_sandbox.client import SandboxClient
+from ztrl_sandbox.client import ExecutorClient
 from ztrl_sandbox.process import ExecutorServer
 
 from megatron_ztrl.config.schema import Config
@@ -23,7 +22,7 @@ from megatron_ztrl.rollout.group import EngineFleet, GroupRunner
 from megatron_ztrl.rollout.trajectory import Sampling, Tokenizer
 from megatron_ztrl.runtime.cluster import ray_cluster
 from megatron_ztrl.runtime.megatron_world import MegatronWorld
-from megatron_ztrl.runtime.services import HostedServer
+from megatron_ztrl.runtime.services import Engine, HostedServer
 from megatron_ztrl.types import ExecutionResult, ExecutionStatus
 from megatron_ztrl.weights.publish import WeightPublisher
 
@@ -122,8 +121,9 @@ async def _start_rollouts(
 
 async def _start_engines(config: Config, logs: Path, stack: contextlib.AsyncExitStack) -> list[EngineClient]:
     async def start(index: int) -> EngineClient:
+        log_path = logs / f"engine{index}.log"
         server = HostedServer(
-            functools.partial(EngineServer, config, index, logs / f"engine{index}.log"),
+            lambda: Engine(EngineServer(config, index=index, log_path=log_path)),
             gpus=config.engine.tensor_parallel_size,
         )
         stack.push_async_callback(server.stop)
@@ -137,24 +137,26 @@ async def _start_engines(config: Config, logs: Path, stack: contextlib.AsyncExit
 
 
 async def _start_executor(config: Config, logs: Path, stack: contextlib.AsyncExitStack) -> Execute:
-    url = config.sandbox.url
+    sandbox, tool = config.sandbox, config.tool
+    url = sandbox.url
     if url is None:
         server = HostedServer(
-            functools.partial(
-                ExecutorServer,
-                workers=config.sandbox.workers,
-                preload=config.sandbox.preload,
-                memory_limit_bytes=config.sandbox.memory_limit_bytes,
+            lambda: ExecutorServer(
+                workers=sandbox.workers,
+                preload=sandbox.preload,
+                memory_limit_bytes=sandbox.memory_limit_bytes,
                 log_path=logs / "executor.log",
             )
         )
         stack.push_async_callback(server.stop)
         url = await server.start()
-    client = SandboxClient(url, max_concurrent=config.tool.max_concurrent, retries=config.tool.retries)
+    client = ExecutorClient(url, max_attempts=tool.retries + 1)
     stack.push_async_callback(client.close)
+    slots = asyncio.Semaphore(tool.max_concurrent)
 
     async def execute(code: str) -> ExecutionResult:
-        outcome = await client.execute(code, run_timeout_seconds=config.tool.run_timeout_seconds)
+        async with slots:
+            outcome = await client.execute(code, run_timeout_seconds=tool.run_timeout_seconds)
         return ExecutionResult(
             status=ExecutionStatus(outcome.status),
             stdout=outcome.stdout,

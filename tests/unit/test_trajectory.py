@@ -40,7 +40,7 @@ class ScriptedEngine:
         self.completions = list(completions)
         self.calls = []
 
-    async def generate(self, input_ids, *, max_new_tokens, stop, temperature, top_p, request_id=None):
+    async def generate(self, input_ids, *, max_new_tokens, stop, temperature, top_p, request_id):
         self.calls.append((list(input_ids), max_new_tokens, tuple(stop)))
         return self.completions.pop(0)
 

@@ -1,0 +1,108 @@
+"""The whole loop on real components: megatron-core on gloo (TP 2), the SGLang server, the sandbox, Ray."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+REPOSITORY = Path(__file__).parents[2]
+QUICKSTART = REPOSITORY / "examples" / "quickstart" / "config.yaml"
+SMALL = (
+    "data.eval=[{name: held_out, path: data/eval.jsonl, limit: 16}]",
+    "rollout.groups_per_step=4",
+    "rollout.group_size=4",
+    "eval.interval_steps=100",
+    "eval.env_iterations=[2]",
+    "logging.tensorboard=false",
+)
+
+
+def ztrl(*arguments, **kwargs):
+    return subprocess.Popen(
+        [sys.executable, "-m", "megatron_ztrl.cli", *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        **kwargs,
+    )
+
+
+def rows(directory, split):
+    lines = (directory / "metrics.jsonl").read_text().splitlines()
+    return [row for row in map(json.loads, lines) if row["split"] == split]
+
+
+def assert_nothing_left(marker):
+    """No process mentions the run, and none of Ray's or the servers' processes is an orphan of it."""
+    deadline = time.monotonic() + 10
+    while True:
+        left = [
+            process.info["cmdline"]
+            for process in psutil.process_iter(["cmdline", "environ"])
+            if marker in (process.info["environ"] or {}).get("ZTRL_TEST_MARKER", "")
+        ]
+        if not left or time.monotonic() > deadline:
+            assert left == []
+            return
+        time.sleep(0.2)
+
+
+@pytest.fixture
+def marker(tmp_path, monkeypatch):
+    """Inherited by every process of the run, so that a left-over one can be told."""
+    monkeypatch.setenv("ZTRL_TEST_MARKER", str(tmp_path))
+    return str(tmp_path)
+
+
+def test_a_synchronous_run_trains_on_policy_publishes_and_exports(tmp_path, marker):
+    run = tmp_path / "run"
+    process = ztrl("train", str(QUICKSTART), f"run.directory={run}", "train.num_steps=3", *SMALL)
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output
+    train = rows(run, "train")
+    assert [row["step"] for row in train] == [1, 2, 3]
+    assert all(row["train/staleness_max"] == 0 for row in train)
+    # The engine's log-probs are the trainer's: every publish arrived, bit for bit in fp32.
+    assert all(row["loss/logprob_gap"] < 1e-4 for row in train)
+    assert all(row["loss/grad_norm"] > 0 for row in train)
+    assert [row["step"] for row in rows(run, "eval")] == [0, 3]
+    assert {path.name for path in (run / "policy").iterdir()} >= {
+        "config.json",
+        "model.safetensors",
+        "tokenizer.json",
+    }
+    assert_nothing_left(marker)
+
+
+def test_ctrl_c_saves_and_a_resumed_asynchronous_run_keeps_its_staleness_bound(tmp_path, marker):
+    run = tmp_path / "run"
+    arguments = ("train", str(QUICKSTART), f"run.directory={run}", "rollout.max_staleness=1", *SMALL)
+    process = ztrl(*arguments, "train.num_steps=1000")
+    for line in process.stdout:
+        if line.startswith("step 2/"):
+            break
+    process.send_signal(signal.SIGINT)
+    output = process.stdout.read()
+    assert process.wait(timeout=120) == 130, output
+    assert_nothing_left(marker)
+    saved = json.loads(next((run / "checkpoints").glob("step_*/state.json")).read_text())
+    assert saved["version"] >= 2
+    assert len(saved["backlog"]) >= 4  # what was in flight is rolled out first after the restart
+
+    last = saved["version"] + 3
+    process = ztrl(*arguments, f"train.num_steps={last}", "--resume")
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output
+    train = rows(run, "train")
+    assert [row["step"] for row in train] == list(range(1, last + 1))
+    assert max(row["train/staleness_max"] for row in train) == 1
+    assert all(math.isfinite(row["loss/policy"]) for row in train)
+    assert_nothing_left(marker)
