@@ -44,11 +44,15 @@ class Slot:
         return self.scratch_root / f"slot-{self.index}"
 
 
+_ZYGOTE_NAMESPACES = linux.CLONE_NEWNS | linux.CLONE_NEWNET | linux.CLONE_NEWIPC | linux.CLONE_NEWUTS
+
+
 class Isolation(abc.ABC):
     """One tier."""
 
     name: str
 
+    @abc.abstractmethod
     def prepare(self, scratch_root: Path) -> None:
         """In the zygote, once, before it forks a worker."""
 
@@ -58,7 +62,7 @@ class Isolation(abc.ABC):
 
     @abc.abstractmethod
     def enter(self, slot: Slot) -> None:
-        """In the forked child: give up what the snippet must not have; chdir to an empty scratch directory."""
+        """In the forked child: give up what the snippet must not have; enter an empty directory."""
 
     def end(self, slot: Slot) -> None:
         """In the worker: leave no process and no file of the snippet."""
@@ -91,6 +95,9 @@ class BasicIsolation(Isolation):
     def __init__(self) -> None:
         self._change_uid = os.geteuid() == 0 and _readable_by_everyone(sys.prefix, sys.base_prefix)
 
+    def prepare(self, scratch_root: Path) -> None:
+        pass  # the slots make their own directories
+
     def fork(self, slot: Slot) -> int:
         slot.scratch_dir.mkdir(mode=0o700)
         if self._change_uid:
@@ -102,7 +109,9 @@ class BasicIsolation(Isolation):
         os.setsid()
         if self._change_uid:
             _drop_privileges(slot.uid, slot.limits)
-        linux.prctl(linux.PR_SET_DUMPABLE, 1)  # the zygote is not; without it /proc/self is closed to the snippet
+        linux.prctl(
+            linux.PR_SET_DUMPABLE, 1
+        )  # the zygote is not; without it /proc/self is closed to the snippet
         linux.prctl(linux.PR_SET_PDEATHSIG, signal.SIGKILL)
         if os.getppid() != worker:
             os._exit(1)  # the worker died before the line above took effect
@@ -119,8 +128,8 @@ class NamespaceIsolation(Isolation):
     The zygote moves into a read-only root that holds the interpreter and the system's libraries and nothing
     else. Each snippet gets its own pid namespace, /proc and size-limited scratch tmpfs. The first process of
     the pid namespace is a ``cat`` that reads a pipe from the worker: killing it, or the worker's death, makes
-    the kernel kill everything in the namespace at once. (Were the snippet itself the first process, the kernel
-    would shield it from its own signals.)
+    the kernel kill everything in the namespace at once. (Were the snippet itself the first process, the
+    kernel would shield it from its own signals.)
     """
 
     name = "namespaces"
@@ -142,7 +151,7 @@ class NamespaceIsolation(Isolation):
         pid = os.fork()
         if pid == 0:
             try:
-                linux.unshare(linux.CLONE_NEWNS | linux.CLONE_NEWNET | linux.CLONE_NEWIPC | linux.CLONE_NEWUTS)
+                linux.unshare(_ZYGOTE_NAMESPACES)
                 linux.unshare(linux.CLONE_NEWPID)
                 linux.mount("none", "/", None, linux.MS_REC | linux.MS_PRIVATE)
                 linux.mount("tmpfs", "/tmp", "tmpfs", 0)
@@ -158,7 +167,7 @@ class NamespaceIsolation(Isolation):
 
     def prepare(self, scratch_root: Path) -> None:
         self._own_pid_namespace = os.open("/proc/self/ns/pid", os.O_RDONLY | os.O_CLOEXEC)
-        linux.unshare(linux.CLONE_NEWNS | linux.CLONE_NEWNET | linux.CLONE_NEWIPC | linux.CLONE_NEWUTS)
+        linux.unshare(_ZYGOTE_NAMESPACES)
         linux.mount("none", "/", None, linux.MS_REC | linux.MS_PRIVATE)
         _enter_minimal_root(scratch_root)
 
@@ -179,7 +188,8 @@ class NamespaceIsolation(Isolation):
         # IPC too: System V objects must not outlive the snippet or reach a neighbour.
         linux.unshare(linux.CLONE_NEWNS | linux.CLONE_NEWIPC)
         limits = slot.limits
-        options = f"size={limits.scratch_bytes},nr_inodes={limits.scratch_inodes},mode=700,uid={slot.uid},gid={slot.uid}"
+        options = f"size={limits.scratch_bytes},nr_inodes={limits.scratch_inodes},mode=700"
+        options += f",uid={slot.uid},gid={slot.uid}"
         linux.mount("tmpfs", "/scratch", "tmpfs", linux.MS_NOSUID | linux.MS_NODEV, options)
         linux.mount("proc", "/proc", "proc", linux.MS_NOSUID | linux.MS_NODEV | linux.MS_NOEXEC)
         _drop_privileges(slot.uid, limits)
@@ -201,7 +211,7 @@ def _readable_by_everyone(*paths: str) -> bool:
 
 
 def _enter_minimal_root(mount_point: Path) -> None:
-    """Make ``/`` a read-only tree of the interpreter, system libraries and a few devices (own mount namespace)."""
+    """Make ``/`` (of this mount namespace) a read-only tree of interpreter, libraries and a few devices."""
     root = mount_point / "root"
     root.mkdir()
     linux.mount("tmpfs", str(root), "tmpfs", linux.MS_NOSUID, "size=1m,mode=755")
@@ -220,9 +230,9 @@ def _enter_minimal_root(mount_point: Path) -> None:
     for name in ("proc", "scratch", "etc"):
         (root / name).mkdir()
     linux.mount("/proc", str(root / "proc"), None, linux.MS_BIND | linux.MS_REC)
-    (root / "etc" / "passwd").write_text(
-        "".join(f"snippet{k}:x:{FIRST_SNIPPET_UID + k}:{FIRST_SNIPPET_UID + k}::/scratch/work:/bin/sh\n" for k in range(256))
-    )
+    uids = range(FIRST_SNIPPET_UID, FIRST_SNIPPET_UID + 256)
+    users = [f"snippet{uid}:x:{uid}:{uid}::/scratch/work:/bin/sh\n" for uid in uids]
+    (root / "etc" / "passwd").write_text("".join(users))
     if Path("/etc/ld.so.cache").exists():
         shutil.copyfile("/etc/ld.so.cache", root / "etc" / "ld.so.cache")
     (root / "tmp").symlink_to("scratch/tmp")

@@ -50,8 +50,9 @@ def setns(fd: int, kind: int) -> None:
 
 def mount(source: str, target: str, fstype: str | None, flags: int, data: str | None = None) -> None:
     """``mount(2)``."""
+    options = None if data is None else data.encode()
     encoded = [None if text is None else text.encode() for text in (source, target, fstype)]
-    _check(_libc.mount(*encoded, ctypes.c_ulong(flags), None if data is None else data.encode()), f"mount {target}")
+    _check(_libc.mount(*encoded, ctypes.c_ulong(flags), options), f"mount {target}")
 
 
 def prctl(option: int, value: int) -> None:

@@ -26,7 +26,9 @@ _logger = logging.getLogger("ztrl_sandbox")
 
 _FRAME_BYTES = 4096
 _PACKAGE_ROOT = str(Path(__file__).resolve().parent.parent)
-_BOOT = "import sys; sys.path.insert(0, {root!r}); from ztrl_sandbox.zygote import main; del sys.path[0]; main()"
+_BOOT = (
+    "import sys; sys.path.insert(0, {root!r}); from ztrl_sandbox.zygote import main; del sys.path[0]; main()"
+)
 _HUNG_WORKER_SECONDS = 10.0
 """A worker that reports nothing for this long after its snippet's time-out is killed and replaced."""
 _RESPAWN_PAUSE_SECONDS = 0.5

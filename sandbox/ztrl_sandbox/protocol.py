@@ -87,6 +87,7 @@ class ExecutionResult:
     cpu_seconds: float = 0.0
     """User and system time of the main process and of the children it waited for."""
     peak_memory_bytes: int = 0
-    """Largest resident set seen, the preloaded interpreter included."""
+    """Largest resident set of one process, or of the whole tree when that came near its limit; the preloaded
+    interpreter is included."""
     message: str = ""
     """For ``sandbox_error`` and ``rejected``: what failed."""

@@ -1,8 +1,8 @@
 """One slot: a process that arms, times, limits and kills one snippet at a time.
 
-The worker forks the next snippet process *before* its request exists ("arms" it), so that forking and isolating
-cost a caller nothing. A request reaches only that single-use process: the worker and the zygote never hold
-code or output, so a later snippet, forked from the worker's memory, cannot find an earlier one's.
+The worker forks the next snippet process *before* its request exists ("arms" it), so that forking and
+isolating cost a caller nothing. A request reaches only that single-use process: worker and zygote never
+hold code or output, so a later snippet, forked from the worker's memory, cannot find an earlier one's.
 
 Two SOCK_SEQPACKET sockets join a worker to the server:
 
@@ -10,9 +10,10 @@ Two SOCK_SEQPACKET sockets join a worker to the server:
     server → armed snippet process: one JSON datagram of options with four descriptors (code, stdin, stdout,
     stderr). The process closes it before it runs the code.
 ``control``
-    server → worker: ``{"start": true, "run_timeout_seconds": s, ...}`` (sent before the request), ``{"cancel": true}``;
-    worker → server: ``{"armed": pid}`` once, then one report per snippet. The snippet's process has no access
-    to it, so it cannot forge a report. End of file means the server is gone: kill the snippet and exit.
+    server → worker: ``{"start": true, "run_timeout_seconds": s, ...}`` (sent before the request) and
+    ``{"cancel": true}``; worker → server: ``{"armed": pid}`` once, then one report per snippet. The snippet's
+    process has no access to it, so it cannot forge a report. End of file means that the server is gone: kill
+    the snippet and exit.
 """
 
 from __future__ import annotations
@@ -45,12 +46,14 @@ class _Running:
 class Worker:
     """The worker's loop."""
 
-    def __init__(self, slot: Slot, isolation: Isolation, requests: socket.socket, control: socket.socket) -> None:
+    def __init__(
+        self, slot: Slot, isolation: Isolation, requests: socket.socket, control: socket.socket
+    ) -> None:
         self._slot = slot
         self._isolation = isolation
         self._requests = requests
         self._control = control
-        self._peak_bytes = 0
+        self._tree_bytes = 0
 
     def run(self) -> None:
         """Serve snippets until the server closes ``control``."""
@@ -132,8 +135,8 @@ class Worker:
                 return _Running(now, now + frame["run_timeout_seconds"], frame["memory_bytes"])
 
     def _watch(self, pid: int, pidfd: int, running: _Running) -> str | None:
-        """Wait for the snippet's main process. Returns why it must be killed; None when it ended by itself."""
-        self._peak_bytes = 0
+        """Wait for the snippet's end. Returns why it must be killed; None when it ended by itself."""
+        self._tree_bytes = 0
         poller = select.poll()
         poller.register(self._control, select.POLLIN)
         poller.register(pidfd, select.POLLIN)
@@ -156,12 +159,12 @@ class Worker:
         pids = proctree.descendants(os.getpid())
         if proctree.count_tasks(pids) > self._slot.limits.processes:
             return "processes"
-        resident = sum(map(proctree.resident_bytes, pids))
-        if resident > running.memory_bytes:
-            # Pages shared with the preloaded interpreter were counted once per process.
-            resident = sum(map(proctree.proportional_bytes, pids))
-        self._peak_bytes = max(self._peak_bytes, resident)
-        return "memory" if resident > running.memory_bytes + proctree.resident_bytes(os.getpid()) else None
+        if sum(map(proctree.resident_bytes, pids)) <= running.memory_bytes:
+            return None
+        # That sum counts pages shared with the preloaded interpreter once per process; this one does not.
+        self._tree_bytes = max(self._tree_bytes, sum(map(proctree.proportional_bytes, pids)))
+        allowed_bytes = running.memory_bytes + proctree.resident_bytes(os.getpid())
+        return "memory" if self._tree_bytes > allowed_bytes else None
 
     def _finish(self, pid: int, reason: str | None, running: _Running) -> dict[str, Any]:
         if reason is not None:
@@ -174,5 +177,5 @@ class Worker:
             "exit_code": os.waitstatus_to_exitcode(wait_status),
             "run_seconds": run_seconds,
             "cpu_seconds": usage.ru_utime + usage.ru_stime,
-            "peak_memory_bytes": max(self._peak_bytes, usage.ru_maxrss * 1024),
+            "peak_memory_bytes": max(self._tree_bytes, usage.ru_maxrss * 1024),
         }

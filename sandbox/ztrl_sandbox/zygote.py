@@ -2,11 +2,12 @@
 
 Started by the server under a scrubbed environment. One SOCK_SEQPACKET socket joins the two:
 
-* zygote → server, once: ``{"ready": true, "isolation": tier, "isolation_reason": why}`` or ``{"error": text}``
+* zygote → server, once: ``{"ready": true, "isolation": tier, "isolation_reason": why}``, or
+  ``{"error": text}``
 * server → zygote: ``{"spawn": slot}`` with the worker's two sockets
 
-It must stay single-threaded (it forks), and holds no request data. Workers outlive it: they depend only on the
-server.
+It must stay single-threaded (it forks), and holds no request data. Workers outlive it: they depend only on
+the server.
 """
 
 from __future__ import annotations
@@ -30,7 +31,9 @@ _FRAME_BYTES = 4096
 class Zygote:
     """The zygote's loop."""
 
-    def __init__(self, tier: isolation.Isolation, limits: Limits, scratch_root: Path, server: socket.socket) -> None:
+    def __init__(
+        self, tier: isolation.Isolation, limits: Limits, scratch_root: Path, server: socket.socket
+    ) -> None:
         self._tier = tier
         self._limits = limits
         self._scratch_root = scratch_root

@@ -1,0 +1,112 @@
+"""``ztrl-sandbox serve | run FILE | doctor``."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import dataclasses
+import json
+import logging
+import sys
+from pathlib import Path
+
+from ztrl_sandbox.protocol import ExecutionRequest, Limits
+
+_DEFAULT_LIMITS = Limits()
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry point; returns the exit code."""
+    arguments = _parser().parse_args(argv)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
+    try:
+        return arguments.command(arguments)
+    except (ValueError, OSError) as error:
+        print(f"ztrl-sandbox: {error}", file=sys.stderr)
+        return 2
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="ztrl-sandbox", description="Runs model-written Python.")
+    commands = parser.add_subparsers(required=True)
+    pool = argparse.ArgumentParser(add_help=False)
+    pool.add_argument("--workers", type=int, default=2, help="snippets that run at once")
+    pool.add_argument("--preload", default="math,sympy", help="comma-separated modules")
+    pool.add_argument("--isolation", default="auto", choices=["auto", "namespaces", "basic"])
+    pool.add_argument("--queue-limit", type=int, default=4096, help="requests that may wait; more get 429")
+    pool.add_argument("--memory-limit-bytes", type=int, default=_DEFAULT_LIMITS.memory_bytes)
+    pool.add_argument("--output-limit-bytes", type=int, default=_DEFAULT_LIMITS.output_bytes)
+
+    serve = commands.add_parser("serve", parents=[pool], help="serve HTTP; prints one JSON line when ready")
+    serve.add_argument("--host", default="127.0.0.1")
+    serve.add_argument("--port", type=int, default=8080, help="0 takes a free one")
+    serve.add_argument("--exit-with-parent", action="store_true", help="stop when the parent process ends")
+    serve.set_defaults(command=_serve)
+
+    run = commands.add_parser("run", parents=[pool], help="run one file; prints the result as JSON")
+    run.add_argument("file", type=Path)
+    run.add_argument("--run-timeout-seconds", type=float, default=20.0)
+    run.add_argument("--print-last-expression", action="store_true")
+    run.set_defaults(command=_run)
+
+    doctor = commands.add_parser("doctor", parents=[pool], help="what this machine can isolate")
+    doctor.set_defaults(command=_doctor)
+    return parser
+
+
+def _pool_config(arguments: argparse.Namespace, workers: int | None = None):
+    from ztrl_sandbox.pool import PoolConfig
+
+    return PoolConfig(
+        workers=workers or arguments.workers,
+        preload=[name for name in arguments.preload.split(",") if name],
+        isolation=arguments.isolation,
+        queue_limit=arguments.queue_limit,
+        limits=Limits(memory_bytes=arguments.memory_limit_bytes, output_bytes=arguments.output_limit_bytes),
+    )
+
+
+def _serve(arguments: argparse.Namespace) -> int:
+    from ztrl_sandbox.server import serve
+
+    config = _pool_config(arguments)
+    asyncio.run(serve(arguments.host, arguments.port, config, exit_with_parent=arguments.exit_with_parent))
+    return 0
+
+
+async def _run_once(arguments: argparse.Namespace, request: ExecutionRequest) -> dict[str, object]:
+    from ztrl_sandbox.pool import WorkerPool
+
+    pool = WorkerPool(_pool_config(arguments, workers=1))
+    await pool.start()
+    try:
+        result = await pool.execute(request)
+        return {
+            "isolation": pool.zygote.isolation,
+            "isolation_reason": pool.zygote.isolation_reason,
+            **dataclasses.asdict(result),
+        }
+    finally:
+        await pool.stop()
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    request = ExecutionRequest(
+        code=arguments.file.read_text(),
+        run_timeout_seconds=arguments.run_timeout_seconds,
+        print_last_expression=arguments.print_last_expression,
+    )
+    result = asyncio.run(_run_once(arguments, request))
+    print(json.dumps(result, indent=2))
+    return 0 if result["status"] == "ok" else 1
+
+
+def _doctor(arguments: argparse.Namespace) -> int:
+    probe = "import os; print(os.getuid(), len([n for n in os.listdir('/proc') if n.isdigit()]), os.getcwd())"
+    result = asyncio.run(_run_once(arguments, ExecutionRequest(code=probe, run_timeout_seconds=10.0)))
+    print(f"isolation  {result['isolation']} ({result['isolation_reason']})")
+    print(f"a snippet  {result['status']} in {result['run_seconds'] * 1e3:.1f} ms {result['message']}")
+    if result["status"] == "ok":
+        uid, visible_processes, directory = str(result["stdout"]).split()
+        print(f"it sees    uid {uid}, {visible_processes} processes, working directory {directory}")
+    return 0 if result["status"] == "ok" else 1

@@ -1,0 +1,52 @@
+"""What ``/metrics`` exports."""
+
+from __future__ import annotations
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+from ztrl_sandbox.pool import WorkerPool
+from ztrl_sandbox.protocol import ExecutionResult, Status
+
+_BUCKETS_SECONDS = (0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.25, 0.5, 1, 2, 5, 10, 20, 60)
+
+
+class Metrics:
+    """Counters and histograms of one server, in a registry of their own."""
+
+    def __init__(self, pool: WorkerPool) -> None:
+        self.registry = CollectorRegistry()
+        self._executions = Counter(
+            "ztrl_sandbox_executions", "Requests by outcome.", ["status"], registry=self.registry
+        )
+        self._run = Histogram(
+            "ztrl_sandbox_run_seconds",
+            "Run time of a snippet.",
+            buckets=_BUCKETS_SECONDS,
+            registry=self.registry,
+        )
+        self._queue = Histogram(
+            "ztrl_sandbox_queue_seconds",
+            "Wait for a worker.",
+            buckets=_BUCKETS_SECONDS,
+            registry=self.registry,
+        )
+        for status in Status:
+            self._executions.labels(status)
+        for name, text, read in (
+            ("queued", "Requests waiting for a worker.", lambda: pool.queued),
+            ("idle_workers", "Workers waiting for a request.", lambda: pool.idle),
+            ("workers", "Live workers.", lambda: len(pool.worker_pids)),
+            ("worker_restarts", "Workers replaced since the start.", lambda: pool.restarts),
+        ):
+            Gauge(f"ztrl_sandbox_{name}", text, registry=self.registry).set_function(read)
+
+    def observe(self, result: ExecutionResult) -> None:
+        """Count one answered request."""
+        self._executions.labels(result.status).inc()
+        if not result.status.is_infrastructure:
+            self._run.observe(result.run_seconds)
+            self._queue.observe(result.queue_seconds)
+
+    def text(self) -> bytes:
+        """The Prometheus text format."""
+        return generate_latest(self.registry)

@@ -1,0 +1,106 @@
+"""Starts an executor as a child process and stops it again."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+_PACKAGE_ROOT = Path(__file__).resolve().parent.parent
+
+
+class ExecutorServer:
+    """An executor on this machine's loopback, which ends with this process whatever happens to it.
+
+    Args:
+        workers: Snippets that run at once.
+        preload: Modules that snippets find imported already.
+        memory_limit_bytes: Per snippet.
+        isolation: ``auto``, ``namespaces`` or ``basic``.
+        log_path: Where its standard error goes; None keeps this process's.
+        start_timeout_seconds: Longest wait for the preload.
+    """
+
+    def __init__(
+        self,
+        *,
+        workers: int = 2,
+        preload: Sequence[str] = ("math", "sympy"),
+        memory_limit_bytes: int = 1 << 30,
+        isolation: str = "auto",
+        log_path: Path | None = None,
+        start_timeout_seconds: float = 60.0,
+    ) -> None:
+        self._arguments = [
+            *("serve", "--host", "127.0.0.1", "--port", "0", "--exit-with-parent"),
+            *("--workers", str(workers), "--preload", ",".join(preload)),
+            *("--memory-limit-bytes", str(memory_limit_bytes), "--isolation", isolation),
+        ]
+        self._log_path = log_path
+        self._start_timeout_seconds = start_timeout_seconds
+        self._process: asyncio.subprocess.Process | None = None
+        self.url = ""
+        """Set by :meth:`start`."""
+
+    @property
+    def pid(self) -> int:
+        """The server's process id."""
+        assert self._process is not None
+        return self._process.pid
+
+    async def start(self) -> str:
+        """Start it and return its URL once it can serve.
+
+        Raises:
+            RuntimeError: it exited, or was not ready in time.
+        """
+        path = [str(_PACKAGE_ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+        log = None if self._log_path is None else open(self._log_path, "ab")
+        try:
+            self._process = await asyncio.create_subprocess_exec(
+                *(sys.executable, "-m", "ztrl_sandbox", *self._arguments),
+                env={**os.environ, "PYTHONPATH": os.pathsep.join(path)},
+                stdin=asyncio.subprocess.DEVNULL,
+                stdout=asyncio.subprocess.PIPE,
+                stderr=log,
+                start_new_session=True,  # a terminal's Ctrl-C must not end it before the rollouts that use it
+            )
+        finally:
+            if log is not None:
+                log.close()
+        assert self._process.stdout is not None
+        try:
+            async with asyncio.timeout(self._start_timeout_seconds):
+                line = await self._process.stdout.readline()
+        except TimeoutError:
+            await self.stop()
+            raise RuntimeError(f"the executor was not ready after {self._start_timeout_seconds} s") from None
+        if not line:
+            code = await self._process.wait()
+            where = f"see {self._log_path}" if self._log_path else "its standard error says why"
+            raise RuntimeError(f"the executor exited with code {code} before it was ready; {where}")
+        self.url = json.loads(line)["url"]
+        return self.url
+
+    async def stop(self) -> None:
+        """End it and everything it runs; returns when it is gone."""
+        if self._process is None:
+            return
+        if self._process.returncode is None:
+            self._process.terminate()
+        await self._process.wait()
+        self._process = None
+
+    async def __aenter__(self) -> Self:
+        await self.start()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None
+    ) -> None:
+        await self.stop()
