@@ -12,8 +12,8 @@ from megatron_ztrl.data.datasets import load_problems
 SHARED_DATA = Path(__file__).parents[3] / "shared" / "data"
 DAPO = (
     "Solve the following math problem step by step. The last line of your response should be of the form "
-    "Answer: $Answer (without quotes) where $Answer is the answer to the problem.\n\nFind $x$.\n\nSecond line."
-    '\n\nRemember to put your answer on its own line after "Answer:".'
+    "Answer: $Answer (without quotes) where $Answer is the answer to the problem.\n\nFind $x$.\n\nSecond "
+    'line.\n\nRemember to put your answer on its own line after "Answer:".'
 )
 
 
