@@ -168,16 +168,16 @@ def test_a_bad_row_is_named_by_file_and_line(tmp_path: Path, text: str, message:
 
 
 def test_bad_files_are_named(tmp_path: Path):
-    with pytest.raises(ValueError, match="data set 'set': no such file: .*missing.jsonl"):
+    with pytest.raises(ValueError, match=r"data set 'set': no such file: .*missing.jsonl"):
         _load(str(tmp_path / "missing.jsonl"))
     (tmp_path / "lines.json").write_text('{"problem": "a", "answer": 1}\n{"problem": "b", "answer": 2}\n')
     with pytest.raises(ValueError, match=r"lines.json:2: broken JSON: Extra data.*name it .jsonl"):
         _load(str(tmp_path / "lines.json"))
     (tmp_path / "object.json").write_text('{"problem": "a", "answer": 1}')
-    with pytest.raises(ValueError, match="object.json: expected a list of records, found dict"):
+    with pytest.raises(ValueError, match=r"object.json: expected a list of records, found dict"):
         _load(str(tmp_path / "object.json"))
     (tmp_path / "text.parquet").write_text("not parquet at all")
-    with pytest.raises(ValueError, match="text.parquet: not a parquet file"):
+    with pytest.raises(ValueError, match=r"text.parquet: not a parquet file"):
         _load(str(tmp_path / "text.parquet"))
 
 

@@ -40,5 +40,6 @@ def test_accuracy_bounds_are_inclusive_and_count_trainable_rollouts_only(rewards
 
 
 def test_default_bounds_keep_every_group_but_one_that_the_infrastructure_failed():
-    assert keep_group(_group(0, 0), AlgorithmConfig()) and keep_group(_group(1, 1), AlgorithmConfig())
+    assert keep_group(_group(0, 0), AlgorithmConfig())
+    assert keep_group(_group(1, 1), AlgorithmConfig())
     assert not keep_group(_group(None, None), AlgorithmConfig())

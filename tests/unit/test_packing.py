@@ -30,7 +30,7 @@ def _random_samples(rng: np.random.Generator, count: int, longest: int) -> list[
     samples = []
     for _ in range(count):
         length = int(rng.integers(2, longest + 1))
-        mask = [False] + (rng.random(length - 1) < 0.7).tolist()
+        mask = [False, *(rng.random(length - 1) < 0.7).tolist()]
         logprobs = [-float(x) if m else 0.0 for x, m in zip(rng.random(length), mask, strict=True)]
         ids = rng.integers(1, 1000, length).tolist()
         samples.append(
@@ -56,7 +56,8 @@ def test_arrays_are_aligned_with_the_predicting_position_and_padding_is_a_sequen
     )
     [[mb]] = batch.microbatches
     assert mb.sample_indices == [1, 0]  # longest first
-    assert mb.cu_seqlens.tolist() == [0, 4, 7, 8] and mb.cu_seqlens.dtype == np.int32
+    assert mb.cu_seqlens.tolist() == [0, 4, 7, 8]
+    assert mb.cu_seqlens.dtype == np.int32
     assert mb.input_ids_T.tolist() == [20, 21, 22, 23, 10, 11, 12, 0]
     assert mb.position_ids_T.tolist() == [0, 1, 2, 3, 0, 1, 2, 0]
     assert mb.target_ids_T.tolist() == [21, 22, 23, 0, 11, 12, 0, 0]
@@ -70,9 +71,12 @@ def test_a_rank_without_samples_gets_an_empty_microbatch_of_pure_padding():
         [_sample([1, 2, 3], 1)], max_tokens_per_microbatch=8, data_parallel_size=2, pad_to_multiple=4
     )
     [full], [empty] = batch.microbatches
-    assert full.sample_indices == [0] and full.cu_seqlens.tolist() == [0, 3, 4]
-    assert empty.sample_indices == [] and empty.cu_seqlens.tolist() == [0, 4]
-    assert empty.input_ids_T.tolist() == [0] * 4 and empty.position_ids_T.tolist() == [0, 1, 2, 3]
+    assert full.sample_indices == [0]
+    assert full.cu_seqlens.tolist() == [0, 3, 4]
+    assert empty.sample_indices == []
+    assert empty.cu_seqlens.tolist() == [0, 4]
+    assert empty.input_ids_T.tolist() == [0] * 4
+    assert empty.position_ids_T.tolist() == [0, 1, 2, 3]
     assert not empty.loss_mask_T.any()
     [[_], [advantages_T]] = broadcast_per_sample(batch, [2.0])
     assert advantages_T.tolist() == [0.0] * 4
@@ -108,7 +112,9 @@ def _check_contents(batch: PackedBatch, samples: list[TrainingSample], budget: i
     seen = []
     for mb in (mb for rank in batch.microbatches for mb in rank):
         tokens = len(mb.input_ids_T)
-        assert 0 < tokens <= budget and tokens % multiple == 0 and mb.cu_seqlens[-1] == tokens
+        assert 0 < tokens <= budget
+        assert tokens % multiple == 0
+        assert mb.cu_seqlens[-1] == tokens
         assert len(mb.cu_seqlens) - 1 - len(mb.sample_indices) in (0, 1)
         lengths = [len(samples[i].token_ids) for i in mb.sample_indices]
         assert lengths == sorted(lengths, reverse=True)
@@ -117,10 +123,8 @@ def _check_contents(batch: PackedBatch, samples: list[TrainingSample], budget: i
             seen.append(index)
             assert mb.input_ids_T[start:end].tolist() == sample.token_ids
             assert mb.target_ids_T[start : end - 1].tolist() == sample.token_ids[1:]
-            assert (
-                mb.loss_mask_T[start : end - 1].tolist() == sample.loss_mask[1:]
-                and not mb.loss_mask_T[end - 1]
-            )
+            assert mb.loss_mask_T[start : end - 1].tolist() == sample.loss_mask[1:]
+            assert not mb.loss_mask_T[end - 1]
             assert np.allclose(mb.per_token["rollout_logprobs"][start : end - 1], sample.rollout_logprobs[1:])
         assert not mb.loss_mask_T[sum(lengths) :].any()
     assert sorted(seen) == list(range(len(samples)))
@@ -135,7 +139,7 @@ def test_samples_fill_the_fullest_microbatch_that_has_room():
 
 def test_a_sample_over_the_budget_names_the_config_path():
     samples = [_sample(list(range(9)), 1)]
-    with pytest.raises(ValueError, match="9 tokens does not fit actor.max_tokens_per_microbatch=8"):
+    with pytest.raises(ValueError, match=r"9 tokens does not fit actor.max_tokens_per_microbatch=8"):
         pack(samples, max_tokens_per_microbatch=8, data_parallel_size=1)
     with pytest.raises(ValueError, match="multiple of 4"):  # 9 tokens pad to 12, and 11 holds only 8
         pack(samples, max_tokens_per_microbatch=11, data_parallel_size=1, pad_to_multiple=4)
@@ -169,7 +173,7 @@ def test_minibatches_are_a_seeded_partition_of_nearly_equal_sizes():
     assert sorted(i for p in parts for i in p) == list(range(10))
     assert parts == split_minibatches(10, 3, np.random.default_rng(4))
     assert parts != split_minibatches(10, 3, np.random.default_rng(5))
-    with pytest.raises(ValueError, match="algorithm.minibatches=3"):
+    with pytest.raises(ValueError, match=r"algorithm.minibatches=3"):
         split_minibatches(2, 3, np.random.default_rng(0))
 
 

@@ -79,5 +79,5 @@ def test_prompts_over_the_token_limit_are_left_out_and_counted():
     source = _source(10, max_prompt_tokens=7)
     assert (len(source), source.left_out) == (7, 3)
     assert set(_ids(source, 14)) == {f"d:{i}" for i in range(7)}
-    with pytest.raises(ValueError, match="data.max_prompt_tokens=0 leaves out all 10 prompts"):
+    with pytest.raises(ValueError, match=r"data.max_prompt_tokens=0 leaves out all 10 prompts"):
         _source(10, max_prompt_tokens=0)
