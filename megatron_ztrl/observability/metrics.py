@@ -1,4 +1,4 @@
-"""Where numbers go: ``metrics.jsonl`` always, TensorBoard and Weights & Biases when the config asks for them."""
+"""Where numbers go: ``metrics.jsonl`` always, TensorBoard and Weights & Biases when asked for."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ class MetricsLogger:
         Args:
             run_directory: Where ``metrics.jsonl`` lies; made when it is missing.
             config: Which sinks there are.
-            restored_step: The optimizer steps of the checkpoint that a resumed run restarts from; rows past it
-                are removed, since the run will write them again.
+            restored_step: The optimizer steps of the checkpoint that a resumed run restarts from; rows past
+                it are removed, since the run will write them again.
 
         Raises:
             ValueError: A sink was asked for whose package is not installed.

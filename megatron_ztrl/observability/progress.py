@@ -1,4 +1,4 @@
-"""Progress on the terminal: a live display where there is one, a line per phase and step where there is not."""
+"""Progress: a live display on a terminal, a line per phase and step where there is none."""
 
 from __future__ import annotations
 

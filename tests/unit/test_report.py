@@ -1,0 +1,211 @@
+"""The report says what the run's files say, and needs nothing but itself to be read."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("matplotlib")
+
+from megatron_ztrl.config.schema import (
+    Config,
+    DataConfig,
+    DatasetConfig,
+    ModelConfig,
+    RolloutConfig,
+    RunConfig,
+    TrainConfig,
+)
+from megatron_ztrl.observability.report import write_report
+from megatron_ztrl.observability.report.figures import _smooth
+from megatron_ztrl.observability.report.runs import load_run
+from megatron_ztrl.observability.report.style import RC, LineLabel, label_lines, new_figure
+from megatron_ztrl.observability.report.summary import summarize
+from megatron_ztrl.observability.run_info import write_run_info
+
+MEASURES = ("accuracy", "code_proportion", "code_ratio", "written_calls", "response_tokens")
+
+
+def train_row(step: int, **measures: float) -> dict[str, Any]:
+    row: dict[str, Any] = {"step": step, "split": "train", "wall_seconds": 10.0 * step}
+    row |= {f"train/{key}": value for key, value in measures.items()}
+    return row | {"time/generate_seconds": 3.0, "time/train_seconds": 1.0, "loss/entropy": 0.5}
+
+
+def eval_row(step: int, n: int, **datasets: tuple[float, ...]) -> dict[str, Any]:
+    row: dict[str, Any] = {
+        "step": step,
+        "split": "eval",
+        "env_iterations": n,
+        "wall_seconds": 10.0 * step + 1,
+    }
+    for name, values in datasets.items():
+        row |= {f"eval/{name}/{measure}": value for measure, value in zip(MEASURES, values, strict=True)}
+    return row
+
+
+def rollout_row(step: int, text: str, tool: str | None = None) -> dict[str, Any]:
+    segments = [{"author": "model", "text": text}] + ([{"author": "tool", "text": tool}] if tool else [])
+    return {
+        "step": step, "split": "eval", "env_iterations": 2, "rollout_id": "r", "prompt_id": "p0",
+        "data_source": "math", "problem": "What is 1 < 2?", "ground_truth": "1", "reward": float(tool is not None),
+        "stop_reason": "stop", "executed_calls": int(tool is not None), "response_tokens": 7, "segments": segments,
+    }  # fmt: skip
+
+
+def write(
+    directory: Path, metrics: list[Mapping[str, Any]], rollouts: list[Mapping[str, Any]], n: int = 2
+) -> Path:
+    write_run_info(
+        Config(
+            run=RunConfig(directory=str(directory)),
+            model=ModelConfig(path="org/tiny-base"),
+            data=DataConfig(train=DatasetConfig(name="sums", path="org/data")),
+            train=TrainConfig(num_steps=2),
+            rollout=RolloutConfig(env_iterations=n),
+        )
+    )
+    for name, rows in (("metrics.jsonl", metrics), ("rollouts.jsonl", rollouts)):
+        (directory / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return directory
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    before = {"math": (0.1, 0.2, 0.2, 0.3, 10.0), "amc": (0.3, 0.4, 0.4, 0.5, 30.0)}
+    after = {"math": (0.8, 0.9, 1.5, 1.6, 50.0), "amc": (0.6, 0.7, 1.1, 1.2, 70.0)}
+    nothing = {"math": (0.0, 0.0, 0.0, 1.0, 10.0), "amc": (0.0, 0.0, 0.0, 1.0, 10.0)}
+    measures = dict.fromkeys(MEASURES, 0.5)
+    return write(
+        tmp_path / "run",
+        [
+            eval_row(0, 0, **nothing),
+            eval_row(0, 2, **before),
+            train_row(1, **measures),
+            train_row(2, **measures),
+            eval_row(2, 0, **nothing),
+            eval_row(2, 2, **after),
+        ],
+        [rollout_row(0, "guess"), rollout_row(2, "```python\nprint(1<2)\n```", "<script>alert(1)</script>")],
+    )
+
+
+@pytest.fixture
+def control(tmp_path: Path) -> Path:
+    rows = [eval_row(0, 0, math=(0.0,) * 5), train_row(1, **dict.fromkeys(MEASURES, 0.0))]
+    return write(tmp_path / "no-tool", [*rows, eval_row(1, 0, math=(0.05, 0.0, 0.0, 0.25, 12.0))], [], n=0)
+
+
+def test_the_summary_averages_over_data_sets_at_the_runs_own_n(run: Path, control: Path) -> None:
+    write_report([run], control=control)
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["before"]["accuracy"] == pytest.approx(0.2)
+    assert summary["after"]["accuracy"] == pytest.approx(0.7)
+    assert summary["after"]["code_proportion"] == pytest.approx(0.8)
+    assert summary["after"]["code_ratio"] == pytest.approx(1.3)
+    assert summary["after"]["written_calls"] == pytest.approx(1.4)
+    assert summary["after"]["response_tokens"] == pytest.approx(60.0)
+    assert (summary["after"]["step"], summary["after"]["env_iterations"]) == (2, 2)
+    assert summary["after"]["by_env_iterations"]["0"]["accuracy"] == 0.0
+    assert summary["after"]["by_dataset"]["amc"]["accuracy"] == 0.6
+    assert summary["control_no_tool"]["accuracy"] == 0.05
+    assert summary["control_no_tool"]["written_calls"] == 0.25
+    assert summary["wall_seconds"] == 21.0
+
+
+def test_a_run_without_evaluation_has_a_report_and_no_before_or_after(tmp_path: Path) -> None:
+    directory = write(tmp_path / "run", [train_row(1, **dict.fromkeys(MEASURES, 0.5))], [])
+    write_report([directory])
+    summary = json.loads((directory / "summary.json").read_text())
+    assert (summary["before"], summary["after"], summary["steps"]) == (None, None, 1)
+
+
+def test_a_run_that_was_only_evaluated_has_a_before(tmp_path: Path) -> None:
+    directory = write(tmp_path / "run", [eval_row(0, 2, math=(0.1, 0.2, 0.2, 0.3, 10.0))], [])
+    write_report([directory])
+    summary = summarize(load_run(directory), None)
+    assert summary["before"]["accuracy"] == 0.1
+    assert summary["after"] is None
+
+
+class _References(HTMLParser):
+    """Everything a browser would have to load."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+        self.tags: set[str] = set()
+
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        self.tags.add(tag)
+        for name, value in attributes:
+            if name in ("src", "href", "xlink:href", "data") and not (value or "").startswith("#"):
+                self.found.append(f"{tag} {name}={value}")
+
+
+def test_the_page_loads_nothing_and_runs_nothing(run: Path, control: Path) -> None:
+    page = write_report([run], control=control).read_text()
+    references = _References()
+    references.feed(page)
+    assert references.found == []
+    assert "script" not in references.tags
+    assert not re.search(r"@import|url\((?!#)", page)
+
+
+def test_ids_of_figures_on_one_page_do_not_meet(run: Path) -> None:
+    page = write_report([run]).read_text()
+    definitions = re.findall(r'<(?:path|clipPath|marker)[^>]*\bid="([^"]+)"', page)
+    assert len(definitions) == len(set(definitions)) > 0
+
+
+def test_every_figure_is_also_a_png(run: Path) -> None:
+    write_report([run])
+    names = {path.stem for path in (run / "figures").glob("*.png")}
+    assert names == {"learning", "env_iterations", "time", "stability"}
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in (run / "figures").glob("*.png"))
+
+
+def test_tool_replies_are_marked_and_what_a_model_wrote_is_escaped(run: Path) -> None:
+    page = write_report([run]).read_text()
+    assert '<span class="tool">&lt;script&gt;alert(1)&lt;/script&gt;</span>' in page
+    assert '<span class="model">```python\nprint(1&lt;2)\n```</span>' in page
+    assert "What is 1 &lt; 2?" in page
+
+
+def test_the_resolved_configuration_is_on_the_page(run: Path) -> None:
+    assert "groups_per_step: 128" in write_report([run]).read_text()
+
+
+def test_a_step_repeated_after_a_resume_counts_as_it_was_done_last(tmp_path: Path) -> None:
+    rows = [train_row(1, accuracy=0.1), train_row(2, accuracy=0.2), train_row(2, accuracy=0.9)]
+    assert load_run(write(tmp_path / "run", rows, [])).series("train/accuracy") == ([1, 2], [0.1, 0.9])
+
+
+def test_the_bold_line_is_a_trailing_mean_over_a_twentieth_of_the_run() -> None:
+    values = [float(step) for step in range(40)]
+    assert _smooth(values)[:3].tolist() == [0.0, 0.5, 1.5]
+    assert _smooth([3.0, 5.0]).tolist() == [3.0, 5.0]
+
+
+def test_labels_of_lines_that_end_together_are_moved_apart_and_others_stay() -> None:
+    axes = new_figure(4, 3).subplots()
+    axes.set_ylim(0, 1)
+    label_lines(axes, [LineLabel(y=y, text=str(y), color=RC["text.color"]) for y in (1.0, 0.99, 0.0)])
+    heights = {text.get_text(): text.xy[1] for text in axes.texts}  # type: ignore[attr-defined]
+    assert heights["0.0"] == 0.0
+    assert heights["1.0"] == 1.0
+    assert heights["0.99"] == pytest.approx(1.0 - 0.085)
+
+
+@pytest.mark.parametrize("content", [None, ""])
+def test_a_directory_without_a_run_is_refused(tmp_path: Path, content: str | None) -> None:
+    if content is not None:
+        (tmp_path / "metrics.jsonl").write_text(content)
+    with pytest.raises(ValueError, match=str(tmp_path)):
+        write_report([tmp_path])
