@@ -53,10 +53,20 @@ def eval_row(step: int, n: int, **datasets: tuple[float, ...]) -> dict[str, Any]
 def rollout_row(step: int, text: str, tool: str | None = None) -> dict[str, Any]:
     segments = [{"author": "model", "text": text}] + ([{"author": "tool", "text": tool}] if tool else [])
     return {
-        "step": step, "split": "eval", "env_iterations": 2, "rollout_id": "r", "prompt_id": "p0",
-        "data_source": "math", "problem": "What is 1 < 2?", "ground_truth": "1", "reward": float(tool is not None),
-        "stop_reason": "stop", "executed_calls": int(tool is not None), "response_tokens": 7, "segments": segments,
-    }  # fmt: skip
+        "step": step,
+        "split": "eval",
+        "env_iterations": 2,
+        "rollout_id": "r",
+        "prompt_id": "p0",
+        "data_source": "math",
+        "problem": "What is 1 < 2?",
+        "ground_truth": "1",
+        "reward": float(tool is not None),
+        "stop_reason": "stop",
+        "executed_calls": int(tool is not None),
+        "response_tokens": 7,
+        "segments": segments,
+    }
 
 
 def write(
@@ -76,14 +86,14 @@ def write(
     return directory
 
 
-@pytest.fixture
-def run(tmp_path: Path) -> Path:
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     before = {"math": (0.1, 0.2, 0.2, 0.3, 10.0), "amc": (0.3, 0.4, 0.4, 0.5, 30.0)}
     after = {"math": (0.8, 0.9, 1.5, 1.6, 50.0), "amc": (0.6, 0.7, 1.1, 1.2, 70.0)}
     nothing = {"math": (0.0, 0.0, 0.0, 1.0, 10.0), "amc": (0.0, 0.0, 0.0, 1.0, 10.0)}
     measures = dict.fromkeys(MEASURES, 0.5)
     return write(
-        tmp_path / "run",
+        tmp_path_factory.mktemp("runs") / "run",
         [
             eval_row(0, 0, **nothing),
             eval_row(0, 2, **before),
@@ -96,14 +106,20 @@ def run(tmp_path: Path) -> Path:
     )
 
 
-@pytest.fixture
-def control(tmp_path: Path) -> Path:
+@pytest.fixture(scope="module")
+def control(tmp_path_factory: pytest.TempPathFactory) -> Path:
     rows = [eval_row(0, 0, math=(0.0,) * 5), train_row(1, **dict.fromkeys(MEASURES, 0.0))]
-    return write(tmp_path / "no-tool", [*rows, eval_row(1, 0, math=(0.05, 0.0, 0.0, 0.25, 12.0))], [], n=0)
+    last = eval_row(1, 0, math=(0.05, 0.0, 0.0, 0.25, 12.0))
+    return write(tmp_path_factory.mktemp("runs") / "no-tool", [*rows, last], [], n=0)
 
 
-def test_the_summary_averages_over_data_sets_at_the_runs_own_n(run: Path, control: Path) -> None:
-    write_report([run], control=control)
+@pytest.fixture(scope="module")
+def page(run: Path, control: Path) -> str:
+    """The report on ``run``, written once for the tests that only read it."""
+    return write_report([run], control=control).read_text()
+
+
+def test_the_summary_averages_over_data_sets_at_the_runs_own_n(run: Path, page: str) -> None:
     summary = json.loads((run / "summary.json").read_text())
     assert summary["before"]["accuracy"] == pytest.approx(0.2)
     assert summary["after"]["accuracy"] == pytest.approx(0.7)
@@ -128,7 +144,6 @@ def test_a_run_without_evaluation_has_a_report_and_no_before_or_after(tmp_path: 
 
 def test_a_run_that_was_only_evaluated_has_a_before(tmp_path: Path) -> None:
     directory = write(tmp_path / "run", [eval_row(0, 2, math=(0.1, 0.2, 0.2, 0.3, 10.0))], [])
-    write_report([directory])
     summary = summarize(load_run(directory), None)
     assert summary["before"]["accuracy"] == 0.1
     assert summary["after"] is None
@@ -149,8 +164,7 @@ class _References(HTMLParser):
                 self.found.append(f"{tag} {name}={value}")
 
 
-def test_the_page_loads_nothing_and_runs_nothing(run: Path, control: Path) -> None:
-    page = write_report([run], control=control).read_text()
+def test_the_page_loads_nothing_and_runs_nothing(page: str) -> None:
     references = _References()
     references.feed(page)
     assert references.found == []
@@ -158,28 +172,25 @@ def test_the_page_loads_nothing_and_runs_nothing(run: Path, control: Path) -> No
     assert not re.search(r"@import|url\((?!#)", page)
 
 
-def test_ids_of_figures_on_one_page_do_not_meet(run: Path) -> None:
-    page = write_report([run]).read_text()
+def test_ids_of_figures_on_one_page_do_not_meet(page: str) -> None:
     definitions = re.findall(r'<(?:path|clipPath|marker)[^>]*\bid="([^"]+)"', page)
     assert len(definitions) == len(set(definitions)) > 0
 
 
-def test_every_figure_is_also_a_png(run: Path) -> None:
-    write_report([run])
+def test_every_figure_is_also_a_png(run: Path, page: str) -> None:
     names = {path.stem for path in (run / "figures").glob("*.png")}
     assert names == {"learning", "env_iterations", "time", "stability"}
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in (run / "figures").glob("*.png"))
 
 
-def test_tool_replies_are_marked_and_what_a_model_wrote_is_escaped(run: Path) -> None:
-    page = write_report([run]).read_text()
+def test_tool_replies_are_marked_and_what_a_model_wrote_is_escaped(page: str) -> None:
     assert '<span class="tool">&lt;script&gt;alert(1)&lt;/script&gt;</span>' in page
     assert '<span class="model">```python\nprint(1&lt;2)\n```</span>' in page
     assert "What is 1 &lt; 2?" in page
 
 
-def test_the_resolved_configuration_is_on_the_page(run: Path) -> None:
-    assert "groups_per_step: 128" in write_report([run]).read_text()
+def test_the_resolved_configuration_is_on_the_page(page: str) -> None:
+    assert "groups_per_step: 128" in page
 
 
 def test_a_step_repeated_after_a_resume_counts_as_it_was_done_last(tmp_path: Path) -> None:
