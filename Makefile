@@ -1,4 +1,4 @@
-# Every target sets up what it needs first: `make env` makes or repairs .venv, and takes half a second when there
+# Every target sets up what it needs first: `make env` makes or repairs .venv, and takes about half a second when there
 # is nothing to do. Another interpreter: make PYTHON=/path/to/python3.12 ...
 PYTHON ?= python3
 VENV := .venv/bin

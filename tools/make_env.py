@@ -23,7 +23,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 
 from env_state import (
     HARMFUL_ON_CPU,
@@ -109,10 +109,11 @@ def create() -> None:
 def tail_of_log() -> str:
     """What pip said last, without the index locations that it skipped."""
     lines = PIP_LOG.read_text(errors="replace").splitlines()
-    return "\n".join(f"    {line}" for line in lines if not line.startswith("WARNING: Location"))[-1500:]
+    said = [line[:200] for line in lines if not line.startswith("WARNING: Location")]
+    return "\n".join(f"    {line}" for line in said[-12:])
 
 
-def pip_install(arguments: Iterable[str], lock_fd: int) -> bool:
+def pip_install(arguments: list[str], lock_fd: int) -> bool:
     """Runs pip, its output in a log, and says every few seconds how far it is. False when pip failed."""
     command = [str(PYTHON), "-m", "pip", "install", *arguments]
     site, started = site_packages(), time.monotonic()
@@ -123,6 +124,7 @@ def pip_install(arguments: Iterable[str], lock_fd: int) -> bool:
             command, stdout=log, stderr=subprocess.STDOUT, env=os.environ | PIP_SETTINGS, pass_fds=(lock_fd,)
         )
     announced: set[str] = set()
+    total = sum("==" in argument for argument in arguments)
     while True:
         with contextlib.suppress(subprocess.TimeoutExpired):
             return process.wait(REPORT_EVERY_SECONDS) == 0
@@ -134,7 +136,7 @@ def pip_install(arguments: Iterable[str], lock_fd: int) -> bool:
         if "Installing collected packages" in text:
             progress = f"installing: {len(installed(site))} packages are in place"
         else:
-            progress = f"collecting: {text.count('Collecting ')} packages"
+            progress = f"collecting: {text.count('Collecting ')} of {total} packages"
         say(f"  {time.monotonic() - started:.0f} s, {progress}")
 
 
@@ -195,9 +197,12 @@ def install(profile: str, lock_fd: int) -> None:
 
 
 def check_imports(profile: str) -> None:
-    """Catches what no file list shows, such as a library that this processor or this system cannot load."""
+    """Catches what no file list shows, such as a library that this processor or this system cannot load.
+
+    Only on CPU: an image for GPUs is often built where there is no driver, and nothing would import.
+    """
     modules = [module for name, module in IMPORTS.items() if name in all_pins(profile)]
-    for module in modules:
+    for module in modules if profile == "cpu" else ():
         answer = subprocess.run([PYTHON, "-c", f"import {module}"], capture_output=True, text=True)
         if answer.returncode != 0:
             lines = answer.stderr.strip().splitlines() or [f"exit status {answer.returncode}"]
@@ -213,6 +218,7 @@ def write_stamp(stamp: dict[str, str]) -> None:
 
 def make_ready(profile: str, lock_fd: int) -> None:
     """Brings the environment from whatever state it is in to ready."""
+    all_pins(profile)  # a mistake in a list is told before any work is done
     if not is_repairable():
         create()
     write_stamp({"profile": profile})  # unfinished
