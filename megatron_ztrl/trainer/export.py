@@ -1,0 +1,74 @@
+"""Writes the policy as a Hugging Face checkpoint, one tensor at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_ztrl.types import TensorSlice
+from megatron_ztrl.weights.hf_checkpoint import HFCheckpointWriter
+from megatron_ztrl.weights.hf_mapping import (
+    Architecture,
+    Backend,
+    ParallelLayout,
+    hf_tensor_shapes,
+    megatron_slices,
+)
+
+
+def owners(
+    architecture: Architecture, layout: ParallelLayout, backend: Backend
+) -> dict[str, list[tuple[int, TensorSlice]]]:
+    """For each HF tensor, the slices that cover it exactly once and the lowest rank that holds each."""
+    found: dict[str, list[tuple[int, TensorSlice]]] = {name: [] for name in hf_tensor_shapes(architecture)}
+    seen: set[tuple[str, int]] = set()
+    for rank in range(layout.world_size):
+        for piece in megatron_slices(architecture, layout, rank, backend=backend):
+            if (piece.tensor, piece.tensor_start) not in seen:
+                seen.add((piece.tensor, piece.tensor_start))
+                found[piece.tensor].append((rank, piece))
+    return found
+
+
+@torch.no_grad()
+def export_hf(
+    directory: Path,
+    source: Path,
+    parameters: Mapping[str, Tensor],
+    architecture: Architecture,
+    layout: ParallelLayout,
+    backend: Backend,
+) -> None:
+    """Gathers every tensor on rank 0, which writes it; collective over all ranks.
+
+    Args:
+        directory: where the checkpoint goes; made if missing.
+        source: the checkpoint that config.json and the tokenizer files are copied from.
+        parameters: this rank's parameters by ``TensorSlice.param``.
+    """
+    rank = dist.get_rank()
+    writer = HFCheckpointWriter(directory) if rank == 0 else None
+    shapes = hf_tensor_shapes(architecture)
+    some = next(iter(parameters.values()))
+    for name, pieces in owners(architecture, layout, backend).items():
+        whole = torch.empty(shapes[name], dtype=some.dtype) if writer else None
+        for owner, piece in pieces:
+            if owner == rank:
+                block = parameters[piece.param].narrow(piece.dim, piece.start, piece.length).contiguous()
+                if rank != 0:
+                    dist.send(block, dst=0)
+            if whole is not None:
+                target = whole.narrow(piece.dim, piece.tensor_start, piece.length)
+                if owner != 0:
+                    block = torch.empty(target.shape, dtype=some.dtype, device=some.device)
+                    dist.recv(block, src=owner)
+                target.copy_(block)
+        if writer and whole is not None:
+            writer.add(name, whole)
+    if writer:
+        writer.close(source, str(some.dtype).removeprefix("torch."))
+    dist.barrier()

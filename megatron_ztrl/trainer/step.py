@@ -1,0 +1,186 @@
+"""One pass over packed microbatches: log-probs only, or gradients of the policy loss.
+
+Shape suffixes: see ``megatron_ztrl.trainer``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from megatron.core import parallel_state
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import Tensor
+
+from megatron_ztrl.algorithms.losses import ppo_clip_loss
+from megatron_ztrl.data.packing import Microbatch
+from megatron_ztrl.trainer.cpu_compat.attention import BlockedSeqParams, plan_blocks
+from megatron_ztrl.trainer.logprobs import vocab_parallel_logprobs
+from megatron_ztrl.weights.hf_mapping import Backend
+
+STATISTICS = ("loss", "entropy", "clip_fraction", "approx_kl", "mean_ratio")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossSettings:
+    """What the policy loss needs besides the batch."""
+
+    vocab_size: int
+    temperature: float
+    """Logits are divided by this, as they were when the tokens were sampled."""
+    clip_low: float
+    clip_high: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeviceMicrobatch:
+    """A microbatch as tensors, with its trained positions picked out."""
+
+    input_ids: Tensor
+    """[1, T]"""
+    position_ids: Tensor
+    """[1, T]"""
+    selected_N: Tensor
+    targets_N: Tensor
+    per_token_N: dict[str, Tensor]
+    packed_seq_params: PackedSeqParams
+
+    @classmethod
+    def of(cls, mb: Microbatch, backend: Backend, device: torch.device) -> DeviceMicrobatch:
+        """Moves a microbatch to the device."""
+        selected = np.flatnonzero(mb.loss_mask_T)
+
+        # Arrays that came through Ray's object store are read-only, which torch.from_numpy does not accept.
+        def move(array: np.ndarray) -> Tensor:
+            return torch.tensor(array, device=device)
+
+        longest = int(np.diff(mb.cu_seqlens).max())
+        cu_seqlens = move(mb.cu_seqlens.astype(np.int32))
+        fields: dict[str, Any] = {
+            "qkv_format": "thd",
+            "cu_seqlens_q": cu_seqlens,
+            "cu_seqlens_kv": cu_seqlens,
+            "max_seqlen_q": longest,
+            "max_seqlen_kv": longest,
+        }
+        if backend == "te":
+            params = PackedSeqParams(**fields)
+        else:
+            params = BlockedSeqParams(**fields, blocks=plan_blocks(mb.cu_seqlens.tolist(), device))
+        return cls(
+            input_ids=move(mb.input_ids_T)[None],
+            position_ids=move(mb.position_ids_T)[None],
+            selected_N=move(selected),
+            targets_N=move(mb.target_ids_T[selected]),
+            per_token_N={name: move(array[selected]) for name, array in mb.per_token.items()},
+            packed_seq_params=params,
+        )
+
+    def logits(self, model: Any) -> Tensor:
+        """[N, V] on the last pipeline stage, hidden states before it."""
+        return model(
+            input_ids=self.input_ids,
+            position_ids=self.position_ids,
+            packed_seq_params=self.packed_seq_params,
+            selected_N=self.selected_N,
+        )
+
+    def logprobs(self, logits_NV: Tensor, vocab_size: int, temperature: float) -> tuple[Tensor, Tensor]:
+        """[N] log-probs of the targets, and [N] entropies."""
+        if temperature != 1.0:
+            logits_NV = logits_NV / temperature
+        group = parallel_state.get_tensor_model_parallel_group()
+        return vocab_parallel_logprobs(logits_NV, self.targets_N, vocab_size, group)
+
+
+@torch.no_grad()
+def forward_logprobs(
+    models: list[Any], microbatches: list[DeviceMicrobatch], vocab_size: int, temperature: float
+) -> list[Tensor]:
+    """Log-probs of the trained tokens.
+
+    Returns:
+        One [T] float32 tensor per microbatch, 0 at untrained positions; an empty list before the last stage.
+    """
+
+    def forward_step(
+        iterator: Iterator[DeviceMicrobatch], model: Any
+    ) -> tuple[Tensor, Callable[..., Tensor]]:
+        mb = next(iterator)
+
+        def scatter(logits_NV: Tensor, non_loss_data: bool) -> Tensor:
+            logp_N, _ = mb.logprobs(logits_NV, vocab_size, temperature)
+            return torch.zeros(mb.input_ids.shape[1], device=logp_N.device).index_copy_(
+                0, mb.selected_N, logp_N
+            )
+
+        return mb.logits(model), scatter
+
+    return _run(forward_step, models, microbatches, forward_only=True, collect_non_loss_data=True)
+
+
+def accumulate_gradients(
+    models: list[Any], microbatches: list[DeviceMicrobatch], trained_tokens: int, settings: LossSettings
+) -> Tensor | None:
+    """Forward and backward of the clipped policy loss; leaves reduced gradients in the models' buffers.
+
+    Args:
+        trained_tokens: Trained tokens of the global batch. The loss is divided by it, so that every token weighs
+            the same however the batch is cut into ranks and microbatches.
+
+    Returns:
+        Means over the global batch, in the order of ``STATISTICS``; None before the last stage.
+    """
+
+    def forward_step(iterator: Iterator[DeviceMicrobatch], model: Any) -> tuple[Tensor, Callable[..., Any]]:
+        mb = next(iterator)
+
+        def loss(logits_NV: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            logp_N, entropy_N = mb.logprobs(logits_NV, settings.vocab_size, settings.temperature)
+            policy = ppo_clip_loss(
+                logp_N,
+                mb.per_token_N["old_logprobs"],
+                mb.per_token_N["advantages"],
+                torch.ones_like(mb.targets_N, dtype=torch.bool),
+                clip_low=settings.clip_low,
+                clip_high=settings.clip_high,
+            )
+            sums = (
+                policy.loss_sum.detach(),
+                entropy_N.sum(),
+                policy.clipped_sum,
+                policy.kl_sum,
+                policy.ratio_sum,
+            )
+            # With three results the schedule leaves the loss as it is; it ignores the second here.
+            return policy.loss_sum / trained_tokens, torch.zeros((), dtype=torch.int), torch.stack(sums)
+
+        return mb.logits(model), loss
+
+    sums = _run(forward_step, models, microbatches, forward_only=False)
+    if not sums:
+        return None
+    means = torch.stack(sums).sum(0) / trained_tokens
+    torch.distributed.all_reduce(
+        means, group=parallel_state.get_data_parallel_group(with_context_parallel=True)
+    )
+    return means
+
+
+def _run(
+    forward_step: Callable[..., Any], models: list[Any], microbatches: list[DeviceMicrobatch], **options: Any
+) -> list[Any]:
+    several = len(models) > 1
+    return get_forward_backward_func()(
+        forward_step_func=forward_step,
+        data_iterator=[iter(microbatches) for _ in models] if several else iter(microbatches),
+        model=models if several else models[0],
+        num_microbatches=len(microbatches),
+        seq_length=microbatches[0].input_ids.shape[1],  # the pipeline announces each microbatch's own length
+        micro_batch_size=1,
+        **options,
+    )

@@ -1,0 +1,46 @@
+"""Runs a function on several gloo ranks and brings their results back.
+
+A launch costs about ten seconds of imports, so the fixtures make few and run many cases in each.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.multiprocessing as multiprocessing
+
+
+def launch(function: Callable[..., Any], world_size: int, *args: Any) -> list[Any]:
+    """Calls ``function(rank, *args)`` in fresh processes.
+
+    Args:
+        function: Importable from a module, so that the new processes can find it.
+
+    Returns:
+        What each rank returned. The first error of a rank is raised here, and ends the others.
+    """
+    with tempfile.TemporaryDirectory() as directory:
+        threads = os.environ.get("OMP_NUM_THREADS")
+        os.environ["OMP_NUM_THREADS"] = "1"
+        try:
+            multiprocessing.start_processes(
+                _run, args=(function, directory, args), nprocs=world_size, start_method="spawn"
+            )
+        finally:
+            os.environ.pop("OMP_NUM_THREADS") if threads is None else os.environ.update(
+                OMP_NUM_THREADS=threads
+            )
+        return [torch.load(_result_path(directory, rank), weights_only=False) for rank in range(world_size)]
+
+
+def _run(rank: int, function: Callable[..., Any], directory: str, args: tuple[Any, ...]) -> None:
+    torch.save(function(rank, *args), _result_path(directory, rank))
+
+
+def _result_path(directory: str, rank: int) -> Path:
+    return Path(directory) / f"rank{rank}.pt"

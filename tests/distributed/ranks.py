@@ -1,0 +1,153 @@
+"""What the test ranks run: each function returns plain numbers, and the tests judge them."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from random_policies import STEPS, config, packed, spread
+
+from megatron_ztrl.types import TensorSlice
+
+_meetings: Counter[int] = Counter()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """One policy under one parallel layout."""
+
+    name: str
+    policy: str
+    tp: int = 1
+    pp: int = 1
+    dp: int = 1
+    sp: bool = False
+    tokens: int = 64
+    """Budget of a microbatch; the sequences sum to 240."""
+    dtype: str = "float32"
+    transformer: dict[str, Any] = field(default_factory=dict)
+    ddp: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def world_size(self) -> int:
+        return self.tp * self.pp * self.dp
+
+
+def build(case: Case, root: Path, rank: int) -> Any:
+    """This rank's actor for a case. Ranks meet in a file of their own for every actor."""
+    from megatron_ztrl.trainer.actor import ActorRank
+
+    # Ranks may sit out a case, so only meetings of the same size are counted alike by all who take part.
+    _meetings[case.world_size] += 1
+    meeting = root / f"meeting-{case.world_size}-{_meetings[case.world_size]}-{os.getppid()}"
+    chosen = config(
+        root / case.policy,
+        tp=case.tp,
+        pp=case.pp,
+        dp=case.dp,
+        sp=case.sp,
+        dtype=case.dtype,
+        transformer=case.transformer,
+        ddp=case.ddp,
+    )
+    return ActorRank(chosen, rank, case.world_size, f"file://{meeting}")
+
+
+def run_parity_cases(rank: int, root: Path, cases: list[Case]) -> dict[str, dict[str, Any]]:
+    """Measures every case on the ranks that it has."""
+    return {case.name: measure_parity(case, root, rank) for case in cases if rank < case.world_size}
+
+
+def measure_parity(case: Case, root: Path, rank: int) -> dict[str, Any]:
+    """Largest absolute differences from the reference run."""
+    reference = torch.load(root / f"{case.policy}.pt", weights_only=False)
+    batch = packed(reference, dp=case.dp, tokens=case.tokens, multiple=case.tp)
+    actor = build(case, root, rank)
+    slices = actor.parameter_slices()
+    result: dict[str, Any] = {"microbatches": len(batch.microbatches[0])}
+    result["logprobs"] = _logprob_gap(actor, batch, reference["logprobs"])
+    canary = actor.canary_logprobs(list(range(1, 20)))
+    result["canary"] = (
+        0.0 if canary is None else (torch.tensor(canary) - reference["canary"]).abs().max().item()
+    )
+    actor.export_hf(root / f"export-{case.name}")
+    stats = []
+    for step in range(STEPS):
+        stats.append(actor.train_step(batch, step))
+        if (
+            step == 0 and case.dp == 1
+        ):  # with DP the distributed optimizer leaves each rank a part of the gradient
+            grads = {name: p.main_grad for name, p in actor._parameters.items()}
+            result["grads"] = _slice_gap(slices, grads, reference["grads"])
+    result["stats"] = [entry for entry in stats if entry is not None]
+    params = {name: actor.parameter(name) for name in actor._parameters}
+    result["params"] = _slice_gap(slices, params, reference["params"])
+    result["final_logprobs"] = _logprob_gap(actor, batch, reference["final_logprobs"])
+    actor.close()
+    return result
+
+
+def measure_resume(
+    rank: int, root: Path, pairs: list[tuple[Case, Case]]
+) -> dict[tuple[str, str], dict[str, Any]]:
+    """Saves under one layout, goes on; loads under another layout, goes on. Both continuations are returned."""
+    results: dict[tuple[str, str], dict[str, Any]] = {}
+    for saver, loader in pairs:
+        reference = torch.load(root / f"{saver.policy}.pt", weights_only=False)
+        directory = root / f"checkpoint-{saver.name}-{loader.name}"
+        results[saver.name, loader.name] = {
+            "uninterrupted": _train(saver, root, rank, reference, save_to=directory),
+            "resumed": _train(loader, root, rank, reference, load_from=directory),
+        }
+    return results
+
+
+def _train(
+    case: Case,
+    root: Path,
+    rank: int,
+    reference: dict[str, Any],
+    save_to: Path | None = None,
+    load_from: Path | None = None,
+) -> dict[str, Any]:
+    actor = build(case, root, rank)
+    batch = packed(reference, dp=case.dp, tokens=case.tokens, multiple=case.tp)
+    if load_from is not None:
+        actor.load_checkpoint(load_from)
+    else:
+        for step in range(2):
+            actor.train_step(batch, step)
+        actor.save_checkpoint(save_to)
+    stats = [actor.train_step(batch, step) for step in range(2, 5)]
+    logprobs = actor.logprobs(batch)
+    by_sample = {}
+    if logprobs is not None:
+        for mb, array_T in zip(batch.microbatches[actor.dp_rank], logprobs, strict=True):
+            for index, start, end in zip(mb.sample_indices, mb.cu_seqlens, mb.cu_seqlens[1:], strict=False):
+                by_sample[index] = array_T[start:end]
+    actor.close()
+    return {"stats": [entry for entry in stats if entry is not None], "logprobs": by_sample}
+
+
+def _logprob_gap(actor: Any, batch: Any, expected: list[np.ndarray]) -> float:
+    found = actor.logprobs(batch)
+    if found is None:
+        return 0.0
+    wanted = spread(batch, expected)[actor.dp_rank]
+    return max(float(np.abs(a - b).max()) for a, b in zip(found, wanted, strict=True))
+
+
+def _slice_gap(
+    slices: list[TensorSlice], local: dict[str, torch.Tensor], whole: dict[str, torch.Tensor]
+) -> float:
+    gaps = [
+        local[s.param].narrow(s.dim, s.start, s.length)
+        - whole[s.tensor].narrow(s.dim, s.tensor_start, s.length)
+        for s in slices
+    ]
+    return max(gap.abs().max().item() for gap in gaps)
