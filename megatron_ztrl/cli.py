@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import os
 import sys
 from collections.abc import Sequence
@@ -142,10 +143,10 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
 
 
 def _load(path: Path, overrides: list[str]) -> Config:
-    """The configuration, after every check that needs no process."""
+    """The configuration after every check that needs no process, with a local ``model.path``."""
     from megatron_ztrl.config.load import ConfigError, check_config, load_config
     from megatron_ztrl.config.native import check_native
-    from megatron_ztrl.trainer.topology import check_topology
+    from megatron_ztrl.trainer.topology import check_topology, resolve_checkpoint
 
     config = load_config(path, overrides)
     for check in (check_config, check_native, check_topology):
@@ -155,14 +156,16 @@ def _load(path: Path, overrides: list[str]) -> Config:
             if not _is_for_the_user(error):
                 raise
             raise ConfigError("\n".join(f"{path}: {line}" for line in str(error).splitlines())) from error
-    return config
+    local = str(resolve_checkpoint(config.model.path))  # a hub id becomes the directory of its snapshot
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, path=local))
 
 
 def _refuse_to_mix_runs(config: Config, resume: bool) -> None:
     from megatron_ztrl.config.load import ConfigError
     from megatron_ztrl.observability.names import METRICS_FILE
 
-    if not resume and (Path(config.run.directory) / METRICS_FILE).exists():
+    metrics = Path(config.run.directory) / METRICS_FILE
+    if not resume and metrics.exists() and metrics.stat().st_size:
         raise ConfigError(
             f"run.directory: {config.run.directory} already holds a run; "
             "add --resume to go on with it, or choose another directory"

@@ -92,7 +92,7 @@ def test_a_layout_the_model_does_not_fit_is_one_line(config: Path) -> None:
 
 def test_a_directory_that_holds_a_run_is_not_mixed_with_another(config: Path, tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "metrics.jsonl").touch()
+    (tmp_path / "run" / "metrics.jsonl").write_text('{"step": 1}\n')
     assert "already holds a run; add --resume" in refusal("train", config)
 
 
