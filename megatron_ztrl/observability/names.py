@@ -17,7 +17,7 @@ STEP = "step"
 SPLIT = "split"
 ENV_ITERATIONS = "env_iterations"
 WALL_SECONDS = "wall_seconds"
-"""Since the run started, interruptions left out."""
+"""Since training began; start-up and interruptions left out."""
 TRAIN = "train"
 EVAL = "eval"
 
