@@ -10,7 +10,8 @@ import logging
 import sys
 from pathlib import Path
 
-from ztrl_sandbox.protocol import ExecutionRequest, Limits
+from ztrl_sandbox.pool import PoolConfig, WorkerPool
+from ztrl_sandbox.protocol import ExecutionRequest, ExecutionResult, Limits, Status
 
 _DEFAULT_LIMITS = Limits()
 
@@ -54,9 +55,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _pool_config(arguments: argparse.Namespace, workers: int | None = None):
-    from ztrl_sandbox.pool import PoolConfig
-
+def _pool_config(arguments: argparse.Namespace, workers: int | None = None) -> PoolConfig:
     return PoolConfig(
         workers=workers or arguments.workers,
         preload=[name for name in arguments.preload.split(",") if name],
@@ -67,25 +66,19 @@ def _pool_config(arguments: argparse.Namespace, workers: int | None = None):
 
 
 def _serve(arguments: argparse.Namespace) -> int:
-    from ztrl_sandbox.server import serve
+    from ztrl_sandbox.server import serve  # FastAPI takes most of a second to load
 
     config = _pool_config(arguments)
     asyncio.run(serve(arguments.host, arguments.port, config, exit_with_parent=arguments.exit_with_parent))
     return 0
 
 
-async def _run_once(arguments: argparse.Namespace, request: ExecutionRequest) -> dict[str, object]:
-    from ztrl_sandbox.pool import WorkerPool
-
+async def _run_once(arguments: argparse.Namespace, request: ExecutionRequest) -> tuple[ExecutionResult, str]:
+    """The result, and the isolation tier with its reason."""
     pool = WorkerPool(_pool_config(arguments, workers=1))
     await pool.start()
     try:
-        result = await pool.execute(request)
-        return {
-            "isolation": pool.zygote.isolation,
-            "isolation_reason": pool.zygote.isolation_reason,
-            **dataclasses.asdict(result),
-        }
+        return await pool.execute(request), f"{pool.isolation} ({pool.isolation_reason})"
     finally:
         await pool.stop()
 
@@ -96,17 +89,20 @@ def _run(arguments: argparse.Namespace) -> int:
         run_timeout_seconds=arguments.run_timeout_seconds,
         print_last_expression=arguments.print_last_expression,
     )
-    result = asyncio.run(_run_once(arguments, request))
-    print(json.dumps(result, indent=2))
-    return 0 if result["status"] == "ok" else 1
+    result, isolation = asyncio.run(_run_once(arguments, request))
+    print(json.dumps({"isolation": isolation, **dataclasses.asdict(result)}, indent=2))
+    return 0 if result.status is Status.OK else 1
 
 
 def _doctor(arguments: argparse.Namespace) -> int:
-    probe = "import os; print(os.getuid(), len([n for n in os.listdir('/proc') if n.isdigit()]), os.getcwd())"
-    result = asyncio.run(_run_once(arguments, ExecutionRequest(code=probe, run_timeout_seconds=10.0)))
-    print(f"isolation  {result['isolation']} ({result['isolation_reason']})")
-    print(f"a snippet  {result['status']} in {result['run_seconds'] * 1e3:.1f} ms {result['message']}")
-    if result["status"] == "ok":
-        uid, visible_processes, directory = str(result["stdout"]).split()
-        print(f"it sees    uid {uid}, {visible_processes} processes, working directory {directory}")
-    return 0 if result["status"] == "ok" else 1
+    probe = "import os; print(os.getuid(), sum(n.isdigit() for n in os.listdir('/proc')), os.getcwd())"
+    result, isolation = asyncio.run(
+        _run_once(arguments, ExecutionRequest(code=probe, run_timeout_seconds=10.0))
+    )
+    print(f"isolation  {isolation}")
+    print(f"a snippet  {result.status} in {result.run_seconds * 1e3:.1f} ms {result.message}")
+    if result.status is not Status.OK:
+        return 1
+    uid, visible_processes, directory = result.stdout.split()
+    print(f"it sees    uid {uid}, {visible_processes} processes, working directory {directory}")
+    return 0

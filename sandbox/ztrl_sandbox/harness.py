@@ -53,7 +53,7 @@ def connect_streams(stdin_fd: int, stdout_fd: int, stderr_fd: int) -> None:
     for target, fd in enumerate((stdin_fd, stdout_fd, stderr_fd)):
         os.dup2(fd, target)
     os.closerange(3, 1 << 20)
-    sys.stdin = open(0, encoding="utf-8", closefd=False)
+    sys.stdin = io.TextIOWrapper(io.BufferedReader(io.FileIO(0, "rb", closefd=False)), encoding="utf-8")
     # Line buffering: what was printed before a time-out must not be lost.
     sys.stdout = io.TextIOWrapper(
         io.BufferedWriter(_CountingStdout(1, "wb", closefd=False)), encoding="utf-8", line_buffering=True
@@ -123,7 +123,7 @@ def _guarded(function: Callable[[], None]) -> int:
         resource.setrlimit(resource.RLIMIT_AS, (hard, hard))
         _print_traceback(error)
         return MEMORY_EXIT_CODE
-    except BaseException as error:  # KeyboardInterrupt too: whatever escapes the snippet is its own result
+    except BaseException as error:  # noqa: BLE001  # whatever escapes the snippet is its own result
         _print_traceback(error)
         return 1
     return 0

@@ -166,10 +166,13 @@ class NamespaceIsolation(Isolation):
         return reason or None
 
     def prepare(self, scratch_root: Path) -> None:
+        shutil.rmtree(
+            scratch_root, ignore_errors=True
+        )  # this tier's scratch is a tmpfs that nobody else sees
         self._own_pid_namespace = os.open("/proc/self/ns/pid", os.O_RDONLY | os.O_CLOEXEC)
         linux.unshare(_ZYGOTE_NAMESPACES)
         linux.mount("none", "/", None, linux.MS_REC | linux.MS_PRIVATE)
-        _enter_minimal_root(scratch_root)
+        _enter_minimal_root()
 
     def fork(self, slot: Slot) -> int:
         linux.setns(self._own_pid_namespace, linux.CLONE_NEWPID)
@@ -210,10 +213,11 @@ def _readable_by_everyone(*paths: str) -> bool:
     )
 
 
-def _enter_minimal_root(mount_point: Path) -> None:
+def _enter_minimal_root() -> None:
     """Make ``/`` (of this mount namespace) a read-only tree of interpreter, libraries and a few devices."""
-    root = mount_point / "root"
-    root.mkdir()
+    root = Path(
+        "/sys"
+    )  # to mount on while the tree is built: it exists everywhere and nothing below is needed
     linux.mount("tmpfs", str(root), "tmpfs", linux.MS_NOSUID, "size=1m,mode=755")
     for name in ("bin", "lib", "lib32", "lib64"):
         source = Path("/") / name

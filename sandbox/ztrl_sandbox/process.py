@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import sys
@@ -60,8 +61,8 @@ class ExecutorServer:
             RuntimeError: it exited, or was not ready in time.
         """
         path = [str(_PACKAGE_ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
-        log = None if self._log_path is None else open(self._log_path, "ab")
-        try:
+        with contextlib.ExitStack() as stack:
+            log = None if self._log_path is None else stack.enter_context(self._log_path.open("ab"))
             self._process = await asyncio.create_subprocess_exec(
                 *(sys.executable, "-m", "ztrl_sandbox", *self._arguments),
                 env={**os.environ, "PYTHONPATH": os.pathsep.join(path)},
@@ -70,9 +71,6 @@ class ExecutorServer:
                 stderr=log,
                 start_new_session=True,  # a terminal's Ctrl-C must not end it before the rollouts that use it
             )
-        finally:
-            if log is not None:
-                log.close()
         assert self._process.stdout is not None
         try:
             async with asyncio.timeout(self._start_timeout_seconds):

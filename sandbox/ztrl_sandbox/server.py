@@ -10,7 +10,7 @@ import os
 import platform
 import signal
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from typing import Any
 
 import uvicorn
@@ -80,13 +80,13 @@ def create_app(pool: WorkerPool) -> FastAPI:
             "status": "ok",
             "version": __version__,
             "python": platform.python_version(),
-            "isolation": pool.zygote.isolation,
-            "isolation_reason": pool.zygote.isolation_reason,
+            "isolation": pool.isolation,
+            "isolation_reason": pool.isolation_reason,
             "preload": list(pool.config.preload),
             "limits": dataclasses.asdict(pool.config.limits),
             "workers": pool.config.workers,
             "worker_pids": pool.worker_pids,
-            "zygote_pid": pool.zygote.pid,
+            "zygote_pid": pool.zygote_pid,
             "worker_restarts": pool.restarts,
             "queued": pool.queued,
         }
@@ -112,6 +112,7 @@ async def _answer(
 ) -> Response:
     """Run it and answer; 429 when the queue is full, 413 when the code is too large."""
     status_code, headers = 200, {}
+    result: ExecutionResult | None
     if len(execution.code) > MAX_CODE_CHARACTERS:
         message = f"the code has {len(execution.code)} characters; at most {MAX_CODE_CHARACTERS} are accepted"
         status_code, result = 413, ExecutionResult(status=Status.REJECTED, message=message)
@@ -121,13 +122,15 @@ async def _answer(
         except QueueFullError as error:
             status_code, headers = 429, {"Retry-After": str(error.retry_after_seconds)}
             result = ExecutionResult(status=Status.REJECTED, message=str(error))
-        if result is None:
-            return Response(status_code=499)  # nobody reads it
+    if result is None:
+        return Response(status_code=499)  # nobody reads it
     metrics.observe(result)
     return JSONResponse(shape(result), status_code=status_code, headers=headers)
 
 
-async def _unless_disconnected(request: Request, work: Any) -> ExecutionResult | None:
+async def _unless_disconnected(
+    request: Request, work: Coroutine[None, None, ExecutionResult]
+) -> ExecutionResult | None:
     """``work``'s result; None, with ``work`` cancelled, when the client hangs up first."""
     working = asyncio.ensure_future(work)
     hanging_up = asyncio.ensure_future(request.receive())  # the body is read: only a disconnect can come

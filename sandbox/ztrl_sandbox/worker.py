@@ -18,6 +18,7 @@ Two SOCK_SEQPACKET sockets join a worker to the server:
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import json
 import os
@@ -76,10 +77,9 @@ class Worker:
             pid, pidfd = self._arm()
 
     def _send(self, **frame: Any) -> None:
-        try:
+        # If the server is gone, the next read of `control` says so.
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
             self._control.send(json.dumps(frame).encode())
-        except (BrokenPipeError, ConnectionResetError):
-            pass  # the server is gone; the next read of `control` says so
 
     def _receive(self) -> dict[str, Any] | None:
         """The next control frame; None when the server is gone."""

@@ -17,8 +17,10 @@ import importlib
 import json
 import os
 import select
+import shutil
 import socket
 import sys
+import traceback
 from pathlib import Path
 
 from ztrl_sandbox import isolation, linux, proctree
@@ -55,8 +57,11 @@ class Zygote:
                 continue
             message, fds, _, _ = socket.recv_fds(self._server, _FRAME_BYTES, 2, socket.MSG_CMSG_CLOEXEC)
             if not message:
-                return
+                break
             self._spawn(json.loads(message)["spawn"], fds)
+        # After a clean stop nothing is left to do here; after the server's sudden death there is.
+        proctree.kill_children()
+        shutil.rmtree(self._scratch_root, ignore_errors=True)
 
     def _spawn(self, index: int, fds: list[int]) -> None:
         pid = os.fork()
@@ -70,8 +75,8 @@ class Zygote:
                 slot = isolation.Slot(index=index, limits=self._limits, scratch_root=self._scratch_root)
                 Worker(slot, self._tier, requests, control).run()
                 exit_code = 0
-            except Exception:
-                sys.excepthook(*sys.exc_info())
+            except Exception:  # noqa: BLE001  # a forked process must never run on into its parent's code
+                traceback.print_exc()
             finally:
                 os._exit(exit_code)
         for fd in fds:
@@ -98,7 +103,7 @@ def main() -> None:
         tier, reason = isolation.choose(settings["isolation"])
         scratch_root = Path(settings["scratch_root"])
         tier.prepare(scratch_root)
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001  # importing a module can raise anything
         server.send(json.dumps({"error": f"{type(error).__name__}: {error}"}).encode()[:_FRAME_BYTES])
         sys.exit(1)
     gc.collect()

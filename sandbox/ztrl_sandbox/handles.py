@@ -1,0 +1,267 @@
+"""The zygote and the workers as the server sees them: processes behind sockets."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import json
+import logging
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from ztrl_sandbox.capture import PipeReader
+from ztrl_sandbox.protocol import MEMORY_EXIT_CODE, ExecutionRequest, ExecutionResult, Limits, Status
+
+_logger = logging.getLogger("ztrl_sandbox")
+
+_FRAME_BYTES = 4096
+_PACKAGE_ROOT = str(Path(__file__).resolve().parent.parent)
+_BOOT = (
+    "import sys; sys.path.insert(0, {root!r}); from ztrl_sandbox.zygote import main; del sys.path[0]; main()"
+)
+_HUNG_WORKER_SECONDS = 10.0
+"""A worker that reports nothing for this long after its snippet's time-out is killed and replaced."""
+
+_ENVIRONMENT = {
+    "PATH": "/usr/local/bin:/usr/bin:/bin",
+    "LANG": "C.UTF-8",
+    "PYTHONUTF8": "1",
+    "PYTHONDONTWRITEBYTECODE": "1",
+    "PYTHONHASHSEED": "0",  # the same snippet prints a set in the same order every time
+    **{f"{library}_NUM_THREADS": "1" for library in ("OMP", "OPENBLAS", "MKL", "NUMEXPR")},
+}
+"""All that the zygote, and hence a snippet, sees of the server's environment."""
+
+
+def _receive(sock: socket.socket) -> dict[str, Any] | None:
+    """One frame from a readable socket; None at its end."""
+    try:
+        data = sock.recv(_FRAME_BYTES)
+    except ConnectionResetError:
+        return None
+    return json.loads(data) if data else None
+
+
+def _sandbox_error(message: str) -> ExecutionResult:
+    return ExecutionResult(status=Status.SANDBOX_ERROR, message=message)
+
+
+class _Call:
+    """One snippet in a worker."""
+
+    def __init__(self, worker: WorkerHandle, limits: Limits) -> None:
+        loop = asyncio.get_running_loop()
+        self.done: asyncio.Future[ExecutionResult] = loop.create_future()
+        self.stdout, self.stderr = (
+            PipeReader(limits.output_bytes, limits.flood_bytes, worker.cancel) for _ in range(2)
+        )
+
+    def finish(self, report: dict[str, Any] | None, message: str = "") -> None:
+        """Resolve with the worker's report; None means that the worker is dead."""
+        self.stdout.finish()
+        self.stderr.finish()
+        if self.done.done():
+            return  # the caller is gone
+        if report is None:
+            self.done.set_result(_sandbox_error(message))
+            return
+        status = self._status(report["reason"], report["exit_code"])
+        exit_code = 1 if report["exit_code"] == MEMORY_EXIT_CODE else report["exit_code"]
+        self.done.set_result(
+            ExecutionResult(
+                status=status,
+                stdout=self.stdout.output.text(),
+                stderr=self.stderr.output.text(),
+                exit_code=exit_code,
+                run_seconds=report["run_seconds"],
+                cpu_seconds=report["cpu_seconds"],
+                peak_memory_bytes=report["peak_memory_bytes"],
+            )
+        )
+
+    def _status(self, reason: str | None, exit_code: int) -> Status:
+        if reason == "cancelled":
+            flooded = self.stdout.flooded or self.stderr.flooded
+            return Status.OUTPUT_TRUNCATED if flooded else Status.SANDBOX_ERROR
+        if reason is not None:
+            return {"timeout": Status.TIMEOUT, "memory": Status.MEMORY, "processes": Status.KILLED}[reason]
+        if exit_code == MEMORY_EXIT_CODE:
+            return Status.MEMORY
+        if exit_code == -signal.SIGXCPU:
+            return Status.TIMEOUT
+        if exit_code != 0:
+            return Status.KILLED if exit_code < 0 else Status.ERROR
+        cut = self.stdout.output.truncated or self.stderr.output.truncated
+        return Status.OUTPUT_TRUNCATED if cut else Status.OK
+
+
+class WorkerHandle:
+    """A worker as the server sees it: two sockets, and the call that it runs."""
+
+    def __init__(self, slot: int, limits: Limits, on_idle: Callable[[WorkerHandle], None]) -> None:
+        self.slot = slot
+        self.pid = 0
+        self.armed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self.closed = asyncio.Event()
+        self._limits = limits
+        self._on_idle = on_idle
+        self._call: _Call | None = None
+        self._hung: asyncio.TimerHandle | None = None
+        self._loop = asyncio.get_running_loop()
+        self._requests, requests = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._control, control = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self.worker_ends = (requests, control)
+        self._control.setblocking(False)
+        self._requests.setblocking(False)
+        self._loop.add_reader(self._control, self._on_frame)
+
+    def start(self, request: ExecutionRequest) -> _Call:
+        """Hand over a request. The worker must be idle."""
+        assert self._call is None
+        call = self._call = _Call(self, self._limits)
+        memory_bytes = min(request.memory_limit_bytes or self._limits.memory_bytes, self._limits.memory_bytes)
+        options = {
+            "run_timeout_seconds": request.run_timeout_seconds,
+            "memory_bytes": memory_bytes,
+            "print_last_expression": request.print_last_expression,
+        }
+        # Lone surrogates cannot be encoded strictly; the snippet's own parser shall complain, not the server.
+        code_fd = _memory_file(request.code.encode("utf-8", "surrogatepass"))
+        stdin_fd = (
+            os.open("/dev/null", os.O_RDONLY)
+            if request.stdin is None
+            else _memory_file(request.stdin.encode("utf-8", "surrogatepass"))
+        )
+        try:
+            # The worker must know of the start before the snippet can have ended.
+            self._control.send(json.dumps({"start": True, **options}).encode())
+            fds = [code_fd, stdin_fd, call.stdout.write_fd, call.stderr.write_fd]
+            socket.send_fds(self._requests, [json.dumps(options).encode()], fds)
+        except (BrokenPipeError, ConnectionResetError):
+            self._on_end("the worker died")
+        finally:
+            os.close(code_fd)
+            os.close(stdin_fd)
+            call.stdout.close_write_end()
+            call.stderr.close_write_end()
+        if self._call is not None:
+            self._hung = self._loop.call_later(request.run_timeout_seconds + _HUNG_WORKER_SECONDS, self.kill)
+        return call
+
+    def cancel(self) -> None:
+        """Kill the running snippet; the worker stays."""
+        try:
+            self._control.send(json.dumps({"cancel": True}).encode())
+        except (BrokenPipeError, ConnectionResetError):
+            return  # a dead worker's snippet is dead, and the end of the socket is about to be read
+
+    def kill(self) -> None:
+        """Kill the worker, which hangs; the snippet dies with it."""
+        _logger.error("worker %d (pid %d) hangs and is killed", self.slot, self.pid)
+        os.kill(self.pid, signal.SIGKILL)
+
+    def close(self) -> None:
+        """End the worker: it sees its sockets close, kills its snippet and exits."""
+        if not self.closed.is_set():
+            self._on_end("the executor is stopping")
+
+    def _on_frame(self) -> None:
+        frame = _receive(self._control)
+        if frame is None:
+            self._on_end("the worker died")
+        elif "armed" in frame:
+            self.pid = frame["armed"]
+            self.armed.set_result(None)
+        else:
+            self._end_call(frame)
+            self._on_idle(self)
+
+    def _end_call(self, report: dict[str, Any] | None, message: str = "") -> None:
+        if self._hung is not None:
+            self._hung.cancel()
+            self._hung = None
+        call, self._call = self._call, None
+        if call is not None:
+            call.finish(report, message)
+
+    def _on_end(self, message: str) -> None:
+        self._loop.remove_reader(self._control)
+        self._control.close()
+        self._requests.close()
+        self.closed.set()
+        self._end_call(None, message)
+        if not self.armed.done():
+            self.armed.set_exception(RuntimeError(f"worker {self.slot} ended before it was ready"))
+
+
+class ZygoteHandle:
+    """The running zygote."""
+
+    def __init__(self, *, preload: Sequence[str], isolation: str, limits: Limits, scratch_root: Path) -> None:
+        self._socket, child_end = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        settings = {
+            "preload": list(preload),
+            "isolation": isolation,
+            "limits": dataclasses.asdict(limits),
+            "scratch_root": str(scratch_root),
+        }
+        boot = _BOOT.format(root=_PACKAGE_ROOT)
+        # -P and -s: neither the working directory nor the user's site-packages may shadow a module.
+        command = [sys.executable, "-P", "-s", "-c", boot, str(child_end.fileno()), json.dumps(settings)]
+        self._process = subprocess.Popen(
+            command,
+            env=_ENVIRONMENT,
+            cwd="/",
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            pass_fds=[child_end.fileno()],
+            start_new_session=True,  # a terminal's Ctrl-C is for the server alone
+        )
+        child_end.close()
+        self.pid = self._process.pid
+
+    async def wait_ready(self) -> tuple[str, str]:
+        """Wait until it has imported everything; returns the isolation tier and why it is this one.
+
+        Raises:
+            ValueError: it cannot: a module of ``preload`` or the isolation tier is not available.
+        """
+        readable = asyncio.Event()
+        loop = asyncio.get_running_loop()
+        loop.add_reader(self._socket, readable.set)
+        await readable.wait()
+        loop.remove_reader(self._socket)
+        frame = _receive(self._socket) or {"error": "it died while it started"}
+        if "error" in frame:
+            raise ValueError(f"the zygote cannot start: {frame['error']}")
+        return frame["isolation"], frame["isolation_reason"]
+
+    def spawn(self, worker: WorkerHandle) -> None:
+        """Fork a worker. Raises ``OSError`` when the zygote is dead."""
+        fds = [end.fileno() for end in worker.worker_ends]
+        socket.send_fds(self._socket, [json.dumps({"spawn": worker.slot}).encode()], fds)
+
+    @property
+    def alive(self) -> bool:
+        """Whether it can still fork."""
+        return self._process.poll() is None
+
+    async def close(self) -> None:
+        """End it, and wait until it is gone."""
+        self._socket.close()
+        await asyncio.to_thread(self._process.wait)
+
+
+def _memory_file(data: bytes) -> int:
+    fd = os.memfd_create("request", os.MFD_CLOEXEC)
+    view = memoryview(data)
+    while view:
+        view = view[os.write(fd, view) :]
+    os.lseek(fd, 0, os.SEEK_SET)
+    return fd
