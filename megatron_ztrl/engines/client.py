@@ -1,0 +1,204 @@
+"""The HTTP API of one SGLang server: tokens in, tokens out, and the controls of a weight update."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from types import TracebackType
+from typing import Any, Literal, Self
+
+import aiohttp
+import orjson
+
+from megatron_ztrl.types import Completion, FinishReason, VersionSpan
+
+KEEPALIVE_SECONDS = 300.0
+"""Shorter than the server's (see ``server``): an idle connection is dropped by us, never under a new
+request.
+"""
+
+
+class EngineError(RuntimeError):
+    """The engine could not be reached, or refused a request; the message names the endpoint."""
+
+
+class EngineClient:
+    """One server, one connection pool. Create it inside the event loop that uses it, and close it.
+
+    Every method raises ``EngineError``.
+    """
+
+    def __init__(self, url: str, *, request_timeout_seconds: float) -> None:
+        self.url = url
+        self._session = aiohttp.ClientSession(
+            connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEPALIVE_SECONDS),
+            timeout=aiohttp.ClientTimeout(total=request_timeout_seconds),
+            headers={"Content-Type": "application/json"},
+            auto_decompress=False,
+        )
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        """Close all connections."""
+        await self._session.close()
+
+    async def generate(
+        self,
+        input_ids: Sequence[int],
+        *,
+        max_new_tokens: int,
+        stop: Sequence[str] = (),
+        temperature: float,
+        top_p: float = 1.0,
+        request_id: str,
+        seed: int | None = None,
+    ) -> Completion:
+        """Sample one continuation.
+
+        A stop string ends the call with the token that completes it. That token is kept whole, so when it
+        also holds characters past the stop string (a newline after ````` ``` `````) those stay; no token
+        after it is returned. Stop strings are found however the model spells them, token by token:
+        they are sent as regular expressions, because SGLang looks for a plain stop string only in the last
+        ``n + 1`` tokens, ``n`` being the length of its *canonical* tokenization, and misses any longer
+        spelling. A stop string that begins in ``input_ids`` is not seen.
+
+        Args:
+            input_ids: [P]
+            max_new_tokens: the most tokens to sample.
+            stop: ASCII strings.
+            temperature: 0 is greedy. Log-probs are after temperature.
+            top_p: nucleus; log-probs are of the whole distribution.
+            request_id: unique; ``abort`` takes it.
+            seed: fixed sampling, on a server started with ``enable_deterministic_inference``.
+
+        Returns:
+            The tokens, up to and including the one that completed the stop string or ended the sequence.
+        """
+        parameters: dict[str, Any] = {
+            "max_new_tokens": max_new_tokens,
+            "temperature": temperature,
+            "top_p": top_p,
+        }
+        patterns = {_pattern(text): text for text in stop}
+        if patterns:
+            parameters["stop_regex"] = list(patterns)
+        if seed is not None:
+            parameters["sampling_seed"] = seed
+        reply = await self._post(
+            "/generate",
+            {
+                "rid": request_id,
+                "input_ids": list(input_ids),
+                "sampling_params": parameters,
+                "return_logprob": True,
+                "logprob_start_len": -1,
+            },
+        )
+        return _completion(reply, patterns)
+
+    async def prompt_logprobs(self, token_ids: Sequence[int]) -> list[float]:
+        """Return the log-prob of every token after the first, [L - 1], at temperature 1."""
+        reply = await self._post(
+            "/generate",
+            {
+                "input_ids": list(token_ids),
+                "sampling_params": {"max_new_tokens": 0, "temperature": 1.0},
+                "return_logprob": True,
+                "logprob_start_len": 0,
+            },
+        )
+        return [entry[0] for entry in reply["meta_info"]["input_token_logprobs"][1:]]
+
+    async def abort(self, request_id: str | None) -> None:
+        """End one request, or with None all; each returns the tokens it has, with ``FinishReason.ABORT``."""
+        await self._post("/abort_request", {"abort_all": True} if request_id is None else {"rid": request_id})
+
+    async def pause(self, mode: Literal["retract", "abort", "in_place"] = "retract") -> None:
+        """Stop sampling. ``retract`` keeps the running requests and computes their KV anew on ``resume``."""
+        await self._post("/pause_generation", {"mode": mode})
+
+    async def resume(self) -> None:
+        """Go on after ``pause``."""
+        await self._post("/continue_generation", {})
+
+    async def begin_weight_update(self) -> None:
+        """Open a weight update, which SGLang wants around every change of parameters."""
+        await self._post("/begin_weight_update", {})
+
+    async def end_weight_update(self) -> None:
+        """Close the weight update."""
+        await self._post("/end_weight_update", {})
+
+    async def load_weights(self, payloads: Sequence[str], *, loader: str, version: int) -> None:
+        """Run the custom weight loader in every rank, then forget all cached KV.
+
+        Args:
+            payloads: one for each tensor-parallel rank (``weight_receiver.payload``).
+            loader: dotted name of the loader, as the server was started with.
+            version: tokens sampled from now on carry it.
+        """
+        await self._post(
+            "/update_weights_from_tensor",
+            {
+                "serialized_named_tensors": list(payloads),
+                "load_format": loader,
+                "weight_version": str(version),
+                "flush_cache": True,  # exactly one flush: the pause has emptied the running batch
+            },
+        )
+
+    async def flush_cache(self) -> None:
+        """Forget all cached KV; refused while requests run."""
+        await self._post("/flush_cache", {})
+
+    async def weight_version(self) -> int:
+        """Return the version that new tokens carry."""
+        return int((await self._request("GET", "/model_info", None))["weight_version"])
+
+    async def _post(self, path: str, body: Mapping[str, Any]) -> Any:
+        return await self._request("POST", path, orjson.dumps(body))
+
+    async def _request(self, method: str, path: str, data: bytes | None) -> Any:
+        try:
+            async with self._session.request(method, self.url + path, data=data) as response:
+                content = await response.read()
+                if response.status != 200:
+                    raise EngineError(
+                        f"{self.url}{path}: {response.status} {content[:500].decode(errors='replace')}"
+                    )
+        except (aiohttp.ClientError, TimeoutError) as error:
+            raise EngineError(f"{self.url}{path}: {type(error).__name__}: {error}") from error
+        return orjson.loads(content) if content[:1] in (b"{", b"[") else None
+
+
+def _pattern(stop: str) -> str:
+    """A regular expression that matches ``stop`` only."""
+    if not stop.isascii():  # SGLang counts one token for a character when it bounds the search
+        raise ValueError(f"stop string {stop!r} is not ASCII")
+    return re.escape(stop)
+
+
+def _completion(reply: Mapping[str, Any], patterns: Mapping[str, str]) -> Completion:
+    meta = reply["meta_info"]
+    finish = meta["finish_reason"]
+    matched = finish.get("matched")
+    if isinstance(matched, str):
+        matched = patterns[matched]
+    return Completion(
+        token_ids=reply["output_ids"],
+        logprobs=[entry[0] for entry in meta.get("output_token_logprobs", [])],
+        finish_reason=FinishReason(finish["type"]),
+        matched_stop=matched,
+        version_spans=[
+            VersionSpan(version=int(span["version"]), start=span["start"], end=span["end"])
+            for span in meta.get("weight_versions") or []
+        ],
+        cached_tokens=meta.get("cached_tokens", 0),
+    )

@@ -1,0 +1,43 @@
+"""What SGLang needs on a machine without CUDA: imports that have no CPU build, and flags of its torch path.
+
+``standins/`` goes on the *server process's* ``PYTHONPATH`` only, and only where CUDA is absent, so no other
+process can mistake a stand-in for the real package. Whatever a stand-in lacks raises ``NotImplementedError``
+with its name.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+STANDINS = Path(__file__).parent / "standins"
+
+SERVER_ARGS: dict[str, Any] = {
+    "device": "cpu",
+    "attention_backend": "torch_native",
+    "sampling_backend": "pytorch",
+    "grammar_backend": "none",
+    # SGLang would otherwise zero half of the host's memory for KV (10 GiB take 7 s of the start).
+    "max_total_tokens": 131072,
+}
+"""Defaults on a CPU machine; ``sglang.server_args`` overrides them."""
+
+
+def environment(tensor_parallel_size: int) -> dict[str, str]:
+    """Return the variables that a server on CPU needs, besides ``PYTHONPATH``."""
+    variables = {
+        "SGLANG_USE_CPU_ENGINE": "1",
+        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),
+        "CUDA_VISIBLE_DEVICES": "",
+    }
+    if tensor_parallel_size > 1:  # without a binding SGLang wants one NUMA node for each rank
+        variables["SGLANG_CPU_OMP_THREADS_BIND"] = _cores_by_rank(tensor_parallel_size)
+    return variables
+
+
+def _cores_by_rank(ranks: int) -> str:
+    """Share this process's cores among the ranks, as ``0,1|2,3``; ranks beyond the cores share."""
+    cores = sorted(os.sched_getaffinity(0))
+    shares = [cores[rank::ranks] or [cores[rank % len(cores)]] for rank in range(ranks)]
+    return "|".join(",".join(str(core) for core in share) for share in shares)

@@ -1,0 +1,140 @@
+"""SGLang's ``torch_native`` attention, with all requests of a step computed together.
+
+The stock backend loops over the requests, which takes most of a step of a small model on a CPU. This plugin
+(entry point group ``sglang.srt.plugins``, found through ``standins/*.dist-info``) registers a subclass under
+the same name.
+
+Shapes: ``B`` requests, ``T`` new tokens of all, ``N`` new tokens of the longest, ``L`` longest sequence,
+``H`` query heads, ``K`` KV heads, ``G = H / K``, ``D`` head width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+MAX_NEW_TOKENS = 256
+"""A longer prompt goes through the stock loop: there the work is in the products, not in the loop."""
+MAX_SCORES = 1 << 19
+"""Scores of one head that are computed together, padding included."""
+
+
+def register() -> None:
+    """Entry point: runs in every server process, so SGLang's heavy modules stay out until the backend is
+    built.
+    """
+    from sglang.srt.layers.attention.attention_registry import register_attention_backend
+
+    register_attention_backend("torch_native")(_create)
+
+
+def _create(runner: Any) -> Any:
+    import torch
+    from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend
+
+    class BatchedTorchNativeBackend(TorchNativeAttnBackend):
+        """Overrides the two inner routines for plain causal self-attention; anything else goes to the stock
+        ones.
+        """
+
+        def _run_sdpa_forward_decode(
+            self, query: Any, output: Any, k_cache: Any, v_cache: Any, req_to_token: Any, rows: Any,
+            seq_lens: Any, encoder_lens: Any = None, *, scaling: float | None, sliding_window_size: int |
+            None, **options: Any,
+        ) -> Any:  # fmt: skip
+            if encoder_lens is not None or sliding_window_size is not None:
+                return super()._run_sdpa_forward_decode(
+                    query, output, k_cache, v_cache, req_to_token, rows, seq_lens, encoder_lens,
+                    scaling=scaling, sliding_window_size=sliding_window_size, **options,
+                )  # fmt: skip
+            new_lens = torch.ones_like(seq_lens)
+            attend(query, output, k_cache, v_cache, req_to_token, rows, seq_lens, new_lens, scaling)
+            return output
+
+        def _run_sdpa_forward_extend(
+            self, query: Any, output: Any, k_cache: Any, v_cache: Any, req_to_token: Any, rows: Any,
+            seq_lens: Any, prefix_lens: Any, new_lens: Any, encoder_lens: Any = None, *, scaling: float |
+            None, causal: bool, sliding_window_size: int | None, **options: Any,
+        ) -> Any:  # fmt: skip
+            plain = encoder_lens is None and sliding_window_size is None and causal
+            if not plain or int(new_lens.max()) > MAX_NEW_TOKENS:
+                return super()._run_sdpa_forward_extend(
+                    query, output, k_cache, v_cache, req_to_token, rows, seq_lens, prefix_lens, new_lens,
+                    encoder_lens, scaling=scaling, causal=causal, sliding_window_size=sliding_window_size,
+                    **options,
+                )  # fmt: skip
+            attend(query, output, k_cache, v_cache, req_to_token, rows, seq_lens, new_lens, scaling)
+            return output
+
+    return BatchedTorchNativeBackend(runner)
+
+
+def attend(
+    query: torch.Tensor,
+    output: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    req_to_token: torch.Tensor,
+    rows: torch.Tensor,
+    seq_lens: torch.Tensor,
+    new_lens: torch.Tensor,
+    scaling: float | None,
+) -> None:
+    """Causal attention of each request's new tokens to its cached sequence, which ends with them.
+
+    Args:
+        query: [T, H, D] request after request.
+        output: [T, H, D] written in place.
+        k_cache, v_cache: [slots, K, D]
+        req_to_token: [rows, >= L] cache slot of every position.
+        rows: [B] the requests' rows of that table.
+        seq_lens: [B] new tokens included.
+        new_lens: [B]
+        scaling: of the scores; None is ``D ** -0.5``.
+    """
+    import torch
+    from torch.nn.functional import scaled_dot_product_attention
+
+    starts = new_lens.cumsum(0) - new_lens
+    kv_heads = k_cache.shape[1]
+    for block, new_max, longest in _blocks(seq_lens.tolist(), new_lens.tolist()):
+        new_N, all_L = torch.arange(new_max), torch.arange(longest)
+        new_B, prefix_B = new_lens[block], (seq_lens - new_lens)[block]
+        is_token_BN = new_N < new_B[:, None]
+        token_BN = torch.where(is_token_BN, starts[block][:, None] + new_N, 0)
+        # The table's rows are not cleared: past a sequence's end they name slots of other requests.
+        slot_BL = torch.where(all_L < seq_lens[block][:, None], req_to_token[rows[block], :longest], 0)
+        key_BKLD = _take(k_cache, slot_BL).transpose(1, 2).to(query.dtype)
+        value_BKLD = _take(v_cache, slot_BL).transpose(1, 2).to(query.dtype)
+        # The G query heads of one KV head become G * N query positions, so no key is repeated.
+        query_BKGND = _take(query, token_BN).unflatten(2, (kv_heads, -1)).permute(0, 2, 3, 1, 4)
+        mask_BNL = all_L <= (prefix_B[:, None] + new_N)[:, :, None]
+        mask = mask_BNL[:, None, None].expand(-1, 1, query_BKGND.shape[2], -1, -1).flatten(2, 3)
+        out = scaled_dot_product_attention(
+            query_BKGND.flatten(2, 3), key_BKLD, value_BKLD, attn_mask=mask, scale=scaling
+        )
+        out_BNHD = out.unflatten(2, (-1, new_max)).permute(0, 3, 1, 2, 4).flatten(2, 3)
+        output[token_BN[is_token_BN]] = out_BNHD[is_token_BN]
+
+
+def _take(table: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """``table[index]``; four times as fast on a CPU."""
+    return table.flatten(1).index_select(0, index.flatten()).view(*index.shape, *table.shape[1:])
+
+
+def _blocks(seq_lens: list[int], new_lens: list[int]) -> Iterator[tuple[list[int], int, int]]:
+    """Split requests into blocks of similar shape; yields positions, most new tokens, longest sequence."""
+    block: list[int] = []
+    new_max = longest = 0
+    for position in sorted(range(len(seq_lens)), key=lambda i: (new_lens[i], seq_lens[i])):
+        grown_new, grown_longest = max(new_max, new_lens[position]), max(longest, seq_lens[position])
+        if block and (len(block) + 1) * grown_new * grown_longest > MAX_SCORES:
+            yield block, new_max, longest
+            block, grown_new, grown_longest = [], new_lens[position], seq_lens[position]
+        block.append(position)
+        new_max, longest = grown_new, grown_longest
+    if block:
+        yield block, new_max, longest

@@ -1,0 +1,268 @@
+"""One SGLang server as a child process: the stock launcher, its flags, its life and its death."""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import psutil
+
+from megatron_ztrl.config.schema import Config
+from megatron_ztrl.engines import cpu_compat
+
+WEIGHT_LOADER = "megatron_ztrl.engines.weight_receiver.load"
+"""The custom weight loader (see that module)."""
+
+LOG_TAIL_LINES = 30
+HEALTH_POLL_SECONDS = 0.1
+GRACE_SECONDS = 15.0
+"""How long a server on GPUs may take to end by itself before it is killed."""
+
+
+class EngineDied(RuntimeError):
+    """The server process ended, or never became healthy; the message carries the end of its log."""
+
+
+class EngineServer:
+    """Starts, watches and stops one server.
+
+    The process leads its own session and dies with the *thread* that called ``start`` (see ``tether``), so
+    start it from a thread that lives as long as the engine should.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        *,
+        log_path: Path,
+        index: int = 0,
+        host: str = "127.0.0.1",
+        device: Literal["cpu", "cuda"] | None = None,
+    ) -> None:
+        """Prepare engine ``index`` of the run.
+
+        Args:
+            config: reads ``engine``, ``model`` and ``sglang.server_args``.
+            log_path: stdout and stderr of the server, appended.
+            index: number of this engine; ``engine.port + index`` is its port.
+            host: address to listen on.
+            device: None takes CUDA when torch sees it.
+
+        Raises:
+            ValueError: ``sglang.server_args`` sets what this project owns.
+        """
+        self._config = config
+        self._log_path = log_path
+        self._host = host
+        self._port = None if config.engine.port is None else config.engine.port + index
+        self._device = device or _detect_device()
+        self._process: subprocess.Popen[bytes] | None = None
+        _server_args(config, host, 0, self._device)  # refuse a bad configuration before anything starts
+
+    @property
+    def url(self) -> str:
+        """Base address, known once started."""
+        assert self._port is not None, "start() first"
+        return f"http://{self._host}:{self._port}"
+
+    @property
+    def alive(self) -> bool:
+        """Whether the process runs; says nothing about its health."""
+        return self._process is not None and self._process.poll() is None
+
+    @property
+    def pid(self) -> int:
+        """Process id of the launcher."""
+        assert self._process is not None, "start() first"
+        return self._process.pid
+
+    def start(self) -> None:
+        """Launch the process and return at once.
+
+        Raises:
+            ValueError: the configured port is taken.
+        """
+        assert not self.alive, "already started"
+        self._port = _claim_port(self._host, self._port)
+        arguments = _server_args(self._config, self._host, self._port, self._device)
+        command = [sys.executable, "-m", "sglang.launch_server", *_command_line(arguments)]
+        self._log_path.parent.mkdir(parents=True, exist_ok=True)
+        with self._log_path.open("ab") as log:
+            self._process = subprocess.Popen(
+                [sys.executable, str(Path(__file__).with_name("tether.py")), str(os.getpid()), *command],
+                env=self._environment(),
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+
+    def wait_healthy(self, timeout_seconds: float | None = None) -> None:
+        """Block until the server answers requests.
+
+        Args:
+            timeout_seconds: None takes ``engine.startup_timeout_seconds``.
+
+        Raises:
+            EngineDied: the process ended or the time is over; the message ends with the last log lines.
+        """
+        assert self._process is not None, "start() first"
+        limit = self._config.engine.startup_timeout_seconds if timeout_seconds is None else timeout_seconds
+        deadline = time.monotonic() + limit
+        while not self._healthy():
+            try:
+                code = self._process.wait(
+                    HEALTH_POLL_SECONDS
+                )  # the pause between polls, cut short by a death
+            except subprocess.TimeoutExpired:
+                if time.monotonic() > deadline:
+                    raise EngineDied(
+                        f"engine {self.url} was not healthy after {limit:.0f} s"
+                        f" (engine.startup_timeout_seconds)\n{self.log_tail()}"
+                    ) from None
+            else:
+                raise EngineDied(f"engine {self.url} ended with code {code}\n{self.log_tail()}")
+
+    def stop(self) -> None:
+        """End the server and everything it started; nothing is left when this returns. Safe to call twice."""
+        if self._process is None:
+            return
+        tree = _process_tree(self._process.pid)
+        shared_files = _shared_files(tree)
+        if (
+            self._device == "cuda" and self.alive
+        ):  # lets the schedulers give back GPU memory; a CPU holds nothing
+            self._process.send_signal(signal.SIGTERM)
+            with contextlib.suppress(subprocess.TimeoutExpired):  # then it is killed, with its children
+                self._process.wait(GRACE_SECONDS)
+        for process in tree:
+            if process.is_running():
+                process.kill()
+        self._process.wait()
+        _wait_gone(tree)
+        for path in shared_files:
+            path.unlink(missing_ok=True)
+        self._process = None
+
+    def log_tail(self) -> str:
+        """The last lines of the log."""
+        lines = self._log_path.read_text(errors="replace").splitlines()[-LOG_TAIL_LINES:]
+        return "\n".join([f"--- end of {self._log_path} ---", *lines])
+
+    def _healthy(self) -> bool:
+        connection = http.client.HTTPConnection(self._host, self._port, timeout=5)
+        try:
+            connection.request("GET", "/health")
+            return connection.getresponse().status == http.client.OK
+        except OSError:  # not listening yet, or too busy starting to answer
+            return False
+        finally:
+            connection.close()
+
+    def _environment(self) -> dict[str, str]:
+        tensor_parallel_size = self._config.engine.tensor_parallel_size
+        paths = [str(Path(__file__).parents[2])]  # the server imports the weight loader
+        variables = {
+            "SGLANG_TIMEOUT_KEEP_ALIVE": "600"
+        }  # longer than the client's, so no request meets a closing peer
+        if self._device == "cpu":
+            paths.append(str(cpu_compat.STANDINS))
+            variables |= cpu_compat.environment(tensor_parallel_size)
+        if Path(self._config.model.path).is_dir():
+            variables["HF_HUB_OFFLINE"] = "1"
+        inherited = os.environ.get("PYTHONPATH")
+        variables["PYTHONPATH"] = os.pathsep.join([*paths, *([inherited] if inherited else [])])
+        return {**os.environ, **variables}
+
+
+def _server_args(config: Config, host: str, port: int, device: str) -> dict[str, Any]:
+    owned: dict[str, Any] = {
+        "model_path": config.model.path,
+        "dtype": config.model.dtype,
+        "tp_size": config.engine.tensor_parallel_size,
+        "max_running_requests": config.engine.max_running_requests,
+        "random_seed": config.run.seed,
+        "custom_weight_loader": [WEIGHT_LOADER],
+        "weight_version": "0",
+        "host": host,
+        "port": port,
+    }
+    given = config.sglang.server_args
+    for key in owned.keys() & given.keys():
+        raise ValueError(
+            f"sglang.server_args.{key} is set by the run itself: remove it (see engine.* and model.*)"
+        )
+    defaults = {"sleep_on_idle": True, "log_level_http": "warning"}
+    return {**defaults, **(cpu_compat.SERVER_ARGS if device == "cpu" else {}), **owned, **given}
+
+
+def _command_line(arguments: Mapping[str, Any]) -> list[str]:
+    """Spell ``ServerArgs`` fields as the launcher's flags."""
+    words: list[str] = []
+    for key, value in arguments.items():
+        if value is None or value is False:
+            continue
+        words.append("--" + key.replace("_", "-"))
+        if isinstance(value, Mapping):
+            words.append(json.dumps(value))
+        elif isinstance(value, (list, tuple)):
+            words.extend(str(item) for item in value)
+        elif value is not True:
+            words.append(str(value))
+    return words
+
+
+def _claim_port(host: str, port: int | None) -> int:
+    """Return ``port`` if it is free, or a free one."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port or 0))
+        except OSError as error:
+            raise ValueError(
+                f"engine.port: {host}:{port} is taken ({error.strerror}); choose another, or null for any"
+            ) from error
+        return probe.getsockname()[1]
+
+
+def _detect_device() -> Literal["cpu", "cuda"]:
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _process_tree(pid: int) -> list[psutil.Process]:
+    try:
+        root = psutil.Process(pid)
+        return [root, *root.children(recursive=True)]
+    except psutil.NoSuchProcess:
+        return []
+
+
+def _shared_files(processes: Sequence[psutil.Process]) -> set[Path]:
+    """Load statistics in shared memory, which SGLang never removes."""
+    paths: set[Path] = set()
+    for process in processes:
+        try:
+            maps = process.memory_maps()
+        except (psutil.NoSuchProcess, psutil.AccessDenied):
+            continue  # already gone
+        paths.update(Path(entry.path) for entry in maps if entry.path.startswith("/dev/shm/sglang_loads_"))
+    return paths
+
+
+def _wait_gone(processes: Sequence[psutil.Process]) -> None:
+    """Wait for killed processes; those that are not our children may stay as zombies, which hold nothing."""
+    for process in processes:
+        while process.is_running() and process.status() != psutil.STATUS_ZOMBIE:
+            time.sleep(HEALTH_POLL_SECONDS / 10)

@@ -1,0 +1,68 @@
+"""One real SGLang server for the session, and random models that it and Hugging Face's implementation agree
+on.
+"""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+# pytest's importlib mode leaves the path alone; the spawned ranks inherit it.
+sys.path.insert(0, str(Path(__file__).parent))
+
+import tiny_model
+
+from megatron_ztrl.config.schema import (
+    Config,
+    DataConfig,
+    DatasetConfig,
+    EngineConfig,
+    ModelConfig,
+    RunConfig,
+    TrainConfig,
+)
+from megatron_ztrl.engines.client import EngineClient
+from megatron_ztrl.engines.server import EngineServer
+
+
+def engine_config(directory, **engine):
+    return Config(
+        run=RunConfig(directory=str(directory)),
+        model=ModelConfig(path=str(directory / "model"), dtype="float32"),
+        data=DataConfig(train=DatasetConfig(name="none", path="none")),
+        train=TrainConfig(num_steps=1),
+        engine=EngineConfig(max_running_requests=32, startup_timeout_seconds=300, **engine),
+    )
+
+
+@pytest.fixture(scope="session")
+def run_directory(tmp_path_factory):
+    return tmp_path_factory.mktemp("engine")
+
+
+@pytest.fixture(scope="session")
+def config(run_directory):
+    return engine_config(run_directory)
+
+
+@pytest.fixture(scope="session")
+def model(run_directory):
+    """What the server loads at its start."""
+    return tiny_model.save_checkpoint(run_directory / "model", seed=0)
+
+
+@pytest.fixture(scope="session")
+def server(config, model, run_directory):
+    server = EngineServer(config, log_path=run_directory / "engine.log")
+    server.start()
+    try:
+        server.wait_healthy()
+        yield server
+    finally:
+        server.stop()
+
+
+@pytest.fixture
+async def client(server):
+    async with EngineClient(server.url, request_timeout_seconds=120) as client:
+        yield client

@@ -1,0 +1,114 @@
+"""Trainer ranks for the tests: processes that each hold half of a Hugging Face model,
+as tensor parallelism cuts it."""
+
+import asyncio
+import multiprocessing
+
+import torch
+from transformers import Qwen2ForCausalLM
+
+from megatron_ztrl.types import TensorSlice
+from megatron_ztrl.weights.publish import WeightSender
+
+SIZE = 2
+COLUMNS = ("o_proj.weight", "down_proj.weight")
+
+
+def half_of(name, tensor, rank):
+    """(description, local tensor) of what ``rank`` holds of one tensor."""
+    if name.endswith("norm.weight"):
+        return TensorSlice(
+            param=name, tensor=name, dim=0, start=0, tensor_start=0, length=len(tensor)
+        ), tensor
+    dim = 1 if name.endswith(COLUMNS) else 0
+    length = tensor.shape[dim] // SIZE
+    description = TensorSlice(
+        param=name, tensor=name, dim=dim, start=0, tensor_start=rank * length, length=length
+    )
+    return description, tensor.narrow(dim, rank * length, length).contiguous()
+
+
+def run_rank(rank, pipe):
+    """Obey (command, *arguments) until None; answers are (ok, result)."""
+    torch.set_num_threads(1)
+    parameters = {}
+    sender = WeightSender(parameters.__getitem__, rank)
+    while (message := pipe.recv()) is not None:
+        command, *arguments = message
+        try:
+            if command == "hold":
+                parameters.update(arguments[0])
+                result = None
+            elif command == "join":
+                result = sender.join(*arguments, num_senders=SIZE)
+            elif command == "send":
+                result = sender.send()
+            pipe.send((True, result))
+        except RuntimeError as error:
+            pipe.send((False, str(error)))
+
+
+class TensorParallelWorld:
+    """An ``ActorWorld`` of two sending processes; the log-probs are Hugging Face's."""
+
+    def __init__(self):
+        context = multiprocessing.get_context("spawn")
+        self.model = None
+        self.sent_bytes = []
+        self._slices = []
+        self._pipes = []
+        self._processes = []
+        for rank in range(SIZE):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=run_rank, args=(rank, theirs), daemon=True)
+            process.start()
+            self._pipes.append(ours)
+            self._processes.append(process)
+
+    async def hold(self, model: Qwen2ForCausalLM):
+        """Take new weights, as an optimizer step would leave them."""
+        self.model = model
+        weights = {name: tensor for name, tensor in model.state_dict().items() if name != "lm_head.weight"}
+        halves = [
+            {name: half_of(name, tensor, rank) for name, tensor in weights.items()} for rank in range(SIZE)
+        ]
+        self._slices = [[description for description, _ in half.values()] for half in halves]
+        await self._call([("hold", {name: tensor for name, (_, tensor) in half.items()}) for half in halves])
+
+    async def parameter_slices(self):
+        return self._slices
+
+    async def join_weight_group(self, group, transfers):
+        await self._call([("join", group, transfers)] * SIZE)
+
+    async def send_weights(self):
+        self.sent_bytes = await self._call([("send",)] * SIZE)
+
+    async def canary_logprobs(self, token_ids):
+        with torch.no_grad():
+            logprobs = self.model(torch.tensor([token_ids])).logits[0].log_softmax(-1)
+        return [logprobs[i, token].item() for i, token in enumerate(token_ids[1:])]
+
+    def kill_rank(self, rank):
+        self._processes[rank].kill()
+
+    def close(self):
+        for process in self._processes:
+            process.kill()
+            process.join()
+
+    async def _call(self, messages):
+        def exchange(pipe, message):
+            pipe.send(message)
+            return pipe.recv()
+
+        answers = await asyncio.gather(
+            *(
+                asyncio.to_thread(exchange, pipe, message)
+                for pipe, message in zip(self._pipes, messages, strict=True)
+            )
+        )
+        for ok, result in answers:
+            if not ok:
+                raise RuntimeError(result)
+        return [result for _, result in answers]

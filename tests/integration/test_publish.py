@@ -1,0 +1,102 @@
+"""Weights from two real sending processes into the running server, seen through what it samples."""
+
+import asyncio
+
+import pytest
+from tensor_parallel_world import TensorParallelWorld
+from tiny_model import logprobs_under, only_writes, random_qwen2
+
+from megatron_ztrl.types import FinishReason
+from megatron_ztrl.weights.publish import WeightPublisher
+from megatron_ztrl.weights.verify import PublishError
+
+PROMPT = [10, 20, 30, 40, 50]
+MODEL_BYTES = 4 * sum(parameter.numel() for parameter in random_qwen2(0).parameters())
+
+
+@pytest.fixture(scope="module")
+def world():
+    world = TensorParallelWorld()
+    yield world
+    world.close()
+
+
+@pytest.fixture
+async def publisher(config, world, client):
+    publisher = WeightPublisher(config, world, [client], timeout_seconds=60)
+    yield publisher
+    await publisher.close()
+
+
+async def test_each_slice_is_sent_once_and_the_engine_then_samples_from_the_new_weights(
+    publisher, world, client
+):
+    await world.hold(random_qwen2(1))
+    report = await publisher.publish(1)
+    assert sum(world.sent_bytes) == MODEL_BYTES
+    assert report.max_logprob_gap < 1e-5
+    assert await client.weight_version() == 1
+    completion = await client.generate(PROMPT, max_new_tokens=40, temperature=1.0, request_id="after-publish")
+    expected = logprobs_under(world.model, PROMPT, completion.token_ids)
+    assert completion.logprobs == pytest.approx(expected, abs=1e-4)
+
+
+async def test_a_second_publish_reuses_the_group_and_an_idle_one_is_quick(publisher, world):
+    reports = []
+    for version, seed in enumerate(range(2, 8), start=2):
+        await world.hold(random_qwen2(seed))
+        reports.append(await publisher.publish(version))
+    print("publish seconds:", [round(report.total_seconds, 3) for report in reports])
+    assert max(report.max_logprob_gap for report in reports) < 1e-5
+
+
+async def test_tokens_in_flight_across_a_publish_carry_their_version_and_its_logprobs(
+    publisher, world, client
+):
+    old, new = random_qwen2(20), random_qwen2(21)
+    await world.hold(old)
+    await publisher.publish(20)
+    prompts = [[i, 2 * i, 3 * i] for i in range(1, 49)]  # the server runs 32: the rest wait
+    tasks = [
+        asyncio.create_task(
+            client.generate(prompt, max_new_tokens=150, temperature=1.0, request_id=f"flight-{i}")
+        )
+        for i, prompt in enumerate(prompts)
+    ]
+    await client.generate([5], max_new_tokens=1, temperature=1.0, request_id="all-are-admitted")
+    await world.hold(new)
+    await publisher.publish(21)
+    completions = await asyncio.gather(*tasks)
+
+    by_version = {20: old, 21: new}
+    for prompt, completion in zip(prompts, completions, strict=True):
+        assert completion.finish_reason in (FinishReason.LENGTH, FinishReason.STOP)
+        ends = [0, *(span.end for span in completion.version_spans)]
+        assert [span.start for span in completion.version_spans] == ends[:-1]
+        assert ends[-1] == len(completion.token_ids)
+        for span in completion.version_spans:
+            expected = logprobs_under(by_version[span.version], prompt, completion.token_ids)
+            assert completion.logprobs[span.start : span.end] == pytest.approx(
+                expected[span.start : span.end], abs=1e-4
+            )
+    assert any(len(completion.version_spans) == 2 for completion in completions)
+
+
+async def test_a_stop_string_spelled_in_more_tokens_than_usual_still_ends_the_call(publisher, world, client):
+    await world.hold(
+        only_writes(random_qwen2(0), "`")
+    )  # "```" is one token of the tokenizer; here it comes as three
+    await publisher.publish(30)
+    completion = await client.generate(
+        [1], max_new_tokens=20, stop=["```"], temperature=0, request_id="spelled"
+    )
+    assert len(completion.token_ids) == 3
+    assert completion.matched_stop == "```"
+
+
+async def test_weights_that_differ_from_the_trainers_are_an_error(publisher, world):
+    sent, claimed = random_qwen2(40), random_qwen2(41)
+    await world.hold(sent)
+    world.model = claimed
+    with pytest.raises(PublishError, match=r"version 40: .* nats at canary position \d+ \(token \d+"):
+        await publisher.publish(40)
