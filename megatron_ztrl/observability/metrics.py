@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import math
 import time
@@ -134,8 +135,7 @@ class _WeightsAndBiases:
     def __init__(self, run_directory: Path, project: str) -> None:
         if importlib.util.find_spec("wandb") is None:
             raise ValueError("logging.wandb_project: wandb is not installed; install it, or set this to null")
-        import wandb
-
+        wandb: Any = importlib.import_module("wandb")  # optional, and absent from the pinned environments
         # The id ties a resumed run to its earlier rows.
         identity_file = run_directory / "wandb_id.txt"
         if not identity_file.exists():
