@@ -174,7 +174,9 @@ class TrainingSession:
             version - 1 - rollout.oldest_version for rollout in rollouts if rollout.trainable
         )
         for key in statistics[0]:
-            metrics[f"loss/{key}"] = fmean(row[key] for row in statistics)
+            metrics[names.LOSS_POLICY if key == "loss" else f"loss/{key}"] = fmean(
+                row[key] for row in statistics
+            )
         metrics[names.LOSS_LOGPROB_GAP] = max(logprob_gap(batch) for batch in batches)
         metrics |= _times(clock, rollouts)
         seconds = clock.step_seconds()

@@ -35,6 +35,7 @@ def ray_cluster() -> Iterator[None]:
             logging_level=logging.ERROR,
             object_store_memory=OBJECT_STORE_BYTES,
             _temp_dir=directory,
+            _node_ip_address="127.0.0.1",
         )
     try:
         yield
@@ -49,6 +50,13 @@ def cluster_gpus() -> int:
     import ray
 
     return int(ray.cluster_resources().get("GPU", 0))
+
+
+def node_address() -> str:
+    """Where the other nodes reach this one."""
+    import ray
+
+    return ray.util.get_node_ip_address()
 
 
 async def result(reference: Any) -> Any:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import os
 import socket
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,10 @@ import numpy as np
 
 from megatron_ztrl.config.schema import Config
 from megatron_ztrl.data.packing import PackedBatch
-from megatron_ztrl.runtime.cluster import cluster_gpus, result
+from megatron_ztrl.engines.weight_group import WeightGroup
+from megatron_ztrl.runtime.cluster import cluster_gpus, node_address, result
 from megatron_ztrl.types import TensorSlice
+from megatron_ztrl.weights.reshard import Transfer
 
 
 class RankProcess:
@@ -28,9 +31,7 @@ class RankProcess:
 
     def rendezvous(self) -> str:
         """An address on this node where the ranks can meet."""
-        import ray
-
-        address = ray.util.get_node_ip_address()
+        address = node_address()
         with socket.socket() as probe:
             probe.bind((address, 0))
             return f"tcp://{address}:{probe.getsockname()[1]}"
@@ -42,13 +43,23 @@ class RankProcess:
             (data-parallel rank, whether this rank returns outputs).
         """
         from megatron_ztrl.trainer.actor import ActorRank
+        from megatron_ztrl.weights.publish import WeightSender
 
         self._rank = ActorRank(config, rank, world_size, init_method)
+        self._sender = WeightSender(self._rank.parameter, rank)
         return self._rank.dp_rank, self._rank.is_output_rank
 
     def call(self, method: str, *args: Any, **kwargs: Any) -> Any:
         """Calls a method of the rank."""
         return getattr(self._rank, method)(*args, **kwargs)
+
+    def join_weight_group(self, group: WeightGroup, transfers: Sequence[Transfer], num_senders: int) -> None:
+        """Meets the engine ranks that this rank sends to."""
+        self._sender.join(group, transfers, num_senders)
+
+    def send_weights(self) -> int:
+        """Sends this rank's slices to the engines. Returns the bytes sent."""
+        return self._sender.send()
 
 
 class MegatronWorld:
@@ -88,14 +99,27 @@ class MegatronWorld:
         results = await self.call("train_step", batch, step)
         return results[self._output_rank_of_dp[0]]
 
-    async def canary_logprobs(self, token_ids: list[int]) -> list[float]:
+    async def canary_logprobs(self, token_ids: Sequence[int]) -> list[float]:
         """Log-prob of every token but the first, given those before it."""
-        results = await self.call("canary_logprobs", token_ids)
+        results = await self.call("canary_logprobs", list(token_ids))
         return results[self._output_rank_of_dp[0]]
 
     async def parameter_slices(self) -> list[list[TensorSlice]]:
         """What each rank holds."""
         return await self.call("parameter_slices")
+
+    async def join_weight_group(self, group: WeightGroup, transfers: Sequence[Transfer]) -> None:
+        """Lets every rank meet the engine ranks it sends to."""
+        import ray
+
+        shared = ray.put(list(transfers))
+        await asyncio.gather(
+            *(result(rank.join_weight_group.remote(group, shared, self._world_size)) for rank in self._ranks)
+        )
+
+    async def send_weights(self) -> None:
+        """Sends the current weights to the engines, all ranks at once."""
+        await asyncio.gather(*(result(rank.send_weights.remote()) for rank in self._ranks))
 
     async def save_checkpoint(self, directory: Path) -> None:
         await self.call("save_checkpoint", directory)

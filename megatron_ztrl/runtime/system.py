@@ -20,7 +20,7 @@ from megatron_ztrl.observability.progress import Progress
 from megatron_ztrl.rewards.math_verifier import MathVerifier
 from megatron_ztrl.rollout.group import EngineFleet, GroupRunner
 from megatron_ztrl.rollout.trajectory import Sampling, Tokenizer
-from megatron_ztrl.runtime.cluster import ray_cluster
+from megatron_ztrl.runtime.cluster import cluster_gpus, node_address, ray_cluster
 from megatron_ztrl.runtime.megatron_world import MegatronWorld
 from megatron_ztrl.runtime.services import Engine, HostedServer
 from megatron_ztrl.types import ExecutionResult, ExecutionStatus
@@ -94,7 +94,13 @@ async def launch(
             rollouts, _ = await asyncio.gather(
                 _start_rollouts(config, run_directory, tokenizer, stack), actor.build()
             )
-        publisher = WeightPublisher(config, actor, rollouts.engines)
+        publisher = WeightPublisher(
+            config,
+            actor,
+            rollouts.engines,
+            address=node_address(),
+            backend="nccl" if cluster_gpus() else "gloo",
+        )
         stack.push_async_callback(publisher.close)
         yield System(rollouts=rollouts, actor=actor, publisher=publisher)
 
@@ -123,7 +129,7 @@ async def _start_engines(config: Config, logs: Path, stack: contextlib.AsyncExit
     async def start(index: int) -> EngineClient:
         log_path = logs / f"engine{index}.log"
         server = HostedServer(
-            lambda: Engine(EngineServer(config, index=index, log_path=log_path)),
+            lambda: Engine(EngineServer(config, index=index, log_path=log_path, host=node_address())),
             gpus=config.engine.tensor_parallel_size,
         )
         stack.push_async_callback(server.stop)
