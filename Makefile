@@ -1,5 +1,5 @@
-# Every target sets up what it needs first: `make env` makes or repairs .venv, and takes about half a second when there
-# is nothing to do. Another interpreter: make PYTHON=/path/to/python3.12 ...
+# Every target sets up what it needs first: `make env` makes or repairs .venv, and takes about half a second
+# when there is nothing to do. Another interpreter: make PYTHON=/path/to/python3.12 ...
 PYTHON ?= python3
 VENV := .venv/bin
 TEST_FOLDERS = $(wildcard tests/unit tests/distributed tests/integration tests/e2e)

@@ -219,7 +219,8 @@ def write_stamp(stamp: dict[str, str]) -> None:
 def make_ready(profile: str, lock_fd: int) -> None:
     """Brings the environment from whatever state it is in to ready."""
     all_pins(profile)  # a mistake in a list is told before any work is done
-    if not is_repairable():
+    # Not even repaired across profiles: a CPU build of torch satisfies the pin of the GPU list.
+    if default_profile() != profile or not is_repairable():
         create()
     write_stamp({"profile": profile})  # unfinished
     install(profile, lock_fd)
