@@ -93,6 +93,7 @@ def learning_curves(run: Run, others: Sequence[Run], control: Run | None) -> Fig
             style.percent_axis(axes)
         else:
             axes.set_ylim(bottom=0)
+            axes.locator_params(axis="y", nbins=6)
         style.step_axis(axes)
         style.label_lines(axes, [label for label in labels if label is not None])
     for axes in panels[1]:
