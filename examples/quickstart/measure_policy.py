@@ -17,7 +17,7 @@ from corpus import format_prompt, format_reply
 from problems import ArithmeticProblem, Split, sample_problems
 from rich.console import Console
 from rich.table import Table
-from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast, Qwen2ForCausalLM
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, Qwen2ForCausalLM
 
 CALL = re.compile(r"```python\n(.*?)```", re.DOTALL)
 ARITHMETIC = re.compile(r"print\(([\d+\-* ]{1,40})\)\s*")
@@ -169,7 +169,8 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     torch.manual_seed(arguments.seed)
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(arguments.policy)
+    torch.set_num_threads(1)  # the matrices are too small to share
+    tokenizer = AutoTokenizer.from_pretrained(arguments.policy)
     model = Qwen2ForCausalLM.from_pretrained(arguments.policy, dtype=torch.float32).eval()
     print_measurement(model, tokenizer, Console())
 
