@@ -24,6 +24,8 @@ WEIGHT_LOADER = "megatron_ztrl.engines.weight_receiver.load"
 """The custom weight loader (see that module)."""
 
 LOG_TAIL_LINES = 30
+LOG_LINE_CHARACTERS = 400
+"""SGLang writes all its arguments in one line of 15,000."""
 HEALTH_POLL_SECONDS = 0.1
 GRACE_SECONDS = 15.0
 """How long a server on GPUs may take to end by itself before it is killed."""
@@ -156,7 +158,8 @@ class EngineServer:
 
     def log_tail(self) -> str:
         """The last lines of the log."""
-        lines = self._log_path.read_text(errors="replace").splitlines()[-LOG_TAIL_LINES:]
+        text = self._log_path.read_text(errors="replace")
+        lines = [line[:LOG_LINE_CHARACTERS] for line in text.splitlines()[-LOG_TAIL_LINES:]]
         return "\n".join([f"--- end of {self._log_path} ---", *lines])
 
     def _healthy(self) -> bool:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Literal, Protocol
+from typing import Literal, Protocol, cast
 
 import torch
 import torch.distributed as dist
@@ -71,8 +71,8 @@ def join(group: WeightGroup, rank: int) -> Channel:
         if group.backend == "nccl":
             options = dist.ProcessGroupNCCL.Options()
             options._timeout = timeout
-            return dist.ProcessGroupNCCL(prefixed, rank, group.world_size, options)
-        return dist.ProcessGroupGloo(prefixed, rank, group.world_size, timeout)
+            return cast(Channel, dist.ProcessGroupNCCL(prefixed, rank, group.world_size, options))
+        return cast(Channel, dist.ProcessGroupGloo(prefixed, rank, group.world_size, timeout))
     except RuntimeError as error:
         raise RuntimeError(
             f"weight group {group.name}: rank {rank} of {group.world_size} could not join at"

@@ -199,7 +199,7 @@ class WeightPublisher:
             await self._each(lambda engine: engine.resume())
             pause_seconds = time.perf_counter() - started
             gap = await self._verify(version) if self._due(version) else None
-        except* RuntimeError as errors:
+        except* Exception as errors:
             self._group = None
             raise PublishError(f"version {version} was not published: {_first(errors)}") from errors
         total_seconds = time.perf_counter() - started

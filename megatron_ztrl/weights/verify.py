@@ -49,6 +49,7 @@ def check_canary(
         raise PublishError(
             f"version {version}: {engine} differs from the trainer by {gaps[worst]:.3g} nats at canary"
             f" position {worst + 1} (token {token_ids[worst + 1]}:"
-            f" trainer {trainer_logprobs[worst]:.6f}, engine {engine_logprobs[worst]:.6f}); publish.max_logprob_gap is {max_gap:g}"
+            f" trainer {trainer_logprobs[worst]:.6f}, engine {engine_logprobs[worst]:.6f});"
+            f" publish.max_logprob_gap is {max_gap:g}"
         )
     return gaps[worst]

@@ -6,6 +6,7 @@ import pytest
 from tensor_parallel_world import TensorParallelWorld
 from tiny_model import logprobs_under, only_writes, random_qwen2
 
+from megatron_ztrl.engines.client import EngineClient
 from megatron_ztrl.types import FinishReason
 from megatron_ztrl.weights.publish import WeightPublisher
 from megatron_ztrl.weights.verify import PublishError
@@ -100,3 +101,9 @@ async def test_weights_that_differ_from_the_trainers_are_an_error(publisher, wor
     world.model = claimed
     with pytest.raises(PublishError, match=r"version 40: .* nats at canary position \d+ \(token \d+"):
         await publisher.publish(40)
+
+
+async def test_an_engine_that_does_not_answer_is_named(config, world):
+    async with EngineClient("http://127.0.0.1:9", request_timeout_seconds=5) as nobody:
+        with pytest.raises(PublishError, match=r"version 50 was not published: http://127.0.0.1:9/pause"):
+            await WeightPublisher(config, world, [nobody]).publish(50)
