@@ -69,7 +69,7 @@ class EngineServer:
         self._port = None if config.engine.port is None else config.engine.port + index
         self._device = device or _detect_device()
         self._process: subprocess.Popen[bytes] | None = None
-        _server_args(config, host, 0, self._device)  # refuse a bad configuration before anything starts
+        self._arguments = _server_args(config, index, self._device)
 
     @property
     def url(self) -> str:
@@ -96,7 +96,7 @@ class EngineServer:
         """
         assert not self.alive, "already started"
         self._port = _claim_port(self._host, self._port)
-        arguments = _server_args(self._config, self._host, self._port, self._device)
+        arguments = {**self._arguments, "host": self._host, "port": self._port}
         command = [sys.executable, "-m", "sglang.launch_server", *_command_line(arguments)]
         self._log_path.parent.mkdir(parents=True, exist_ok=True)
         with self._log_path.open("ab") as log:
@@ -122,10 +122,8 @@ class EngineServer:
         limit = self._config.engine.startup_timeout_seconds if timeout_seconds is None else timeout_seconds
         deadline = time.monotonic() + limit
         while not self._healthy():
-            try:
-                code = self._process.wait(
-                    HEALTH_POLL_SECONDS
-                )  # the pause between polls, cut short by a death
+            try:  # the pause between two polls, cut short by a death
+                code = self._process.wait(HEALTH_POLL_SECONDS)
             except subprocess.TimeoutExpired:
                 if time.monotonic() > deadline:
                     raise EngineDied(
@@ -188,20 +186,18 @@ class EngineServer:
         return {**os.environ, **variables}
 
 
-def _server_args(config: Config, host: str, port: int, device: str) -> dict[str, Any]:
+def _server_args(config: Config, index: int, device: str) -> dict[str, Any]:
     owned: dict[str, Any] = {
         "model_path": config.model.path,
         "dtype": config.model.dtype,
         "tp_size": config.engine.tensor_parallel_size,
         "max_running_requests": config.engine.max_running_requests,
-        "random_seed": config.run.seed,
+        "random_seed": config.run.seed + index,  # siblings on two engines must not sample alike
         "custom_weight_loader": [WEIGHT_LOADER],
         "weight_version": "0",
-        "host": host,
-        "port": port,
     }
     given = config.sglang.server_args
-    for key in owned.keys() & given.keys():
+    for key in {*owned, "host", "port"} & given.keys():
         raise ValueError(
             f"sglang.server_args.{key} is set by the run itself: remove it (see engine.* and model.*)"
         )

@@ -55,6 +55,7 @@ class TensorParallelWorld:
         context = multiprocessing.get_context("spawn")
         self.model = None
         self.sent_bytes = []
+        self.joins = 0
         self._slices = []
         self._pipes = []
         self._processes = []
@@ -79,6 +80,7 @@ class TensorParallelWorld:
         return self._slices
 
     async def join_weight_group(self, group, transfers):
+        self.joins += 1
         await self._call([("join", group, transfers)] * SIZE)
 
     async def send_weights(self):

@@ -42,12 +42,13 @@ async def test_each_slice_is_sent_once_and_the_engine_then_samples_from_the_new_
     assert completion.logprobs == pytest.approx(expected, abs=1e-4)
 
 
-async def test_a_second_publish_reuses_the_group_and_an_idle_one_is_quick(publisher, world):
+async def test_the_group_is_joined_once_for_many_publishes(publisher, world):
+    joins_before = world.joins
     reports = []
     for version, seed in enumerate(range(2, 8), start=2):
         await world.hold(random_qwen2(seed))
         reports.append(await publisher.publish(version))
-    print("publish seconds:", [round(report.total_seconds, 3) for report in reports])
+    assert world.joins == joins_before + 1
     assert max(report.max_logprob_gap for report in reports) < 1e-5
 
 

@@ -36,37 +36,26 @@ def _create(runner: Any) -> Any:
     from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend
 
     class BatchedTorchNativeBackend(TorchNativeAttnBackend):
-        """Overrides the two inner routines for plain causal self-attention; anything else goes to the stock
-        ones.
-        """
+        """Plain causal self-attention, computed by ``attend``; anything else goes to the stock routines."""
 
-        def _run_sdpa_forward_decode(
-            self, query: Any, output: Any, k_cache: Any, v_cache: Any, req_to_token: Any, rows: Any,
-            seq_lens: Any, encoder_lens: Any = None, *, scaling: float | None, sliding_window_size: int |
-            None, **options: Any,
-        ) -> Any:  # fmt: skip
-            if encoder_lens is not None or sliding_window_size is not None:
-                return super()._run_sdpa_forward_decode(
-                    query, output, k_cache, v_cache, req_to_token, rows, seq_lens, encoder_lens,
-                    scaling=scaling, sliding_window_size=sliding_window_size, **options,
-                )  # fmt: skip
+        def _run_sdpa_forward_decode(self, *tensors: Any, **options: Any) -> torch.Tensor:
+            query, output, k_cache, v_cache, req_to_token, rows, seq_lens, encoder_lens = tensors
+            if encoder_lens is not None or options["sliding_window_size"] is not None:
+                return super()._run_sdpa_forward_decode(*tensors, **options)
             new_lens = torch.ones_like(seq_lens)
-            attend(query, output, k_cache, v_cache, req_to_token, rows, seq_lens, new_lens, scaling)
+            attend(
+                query, output, k_cache, v_cache, req_to_token, rows, seq_lens, new_lens, options["scaling"]
+            )
             return output
 
-        def _run_sdpa_forward_extend(
-            self, query: Any, output: Any, k_cache: Any, v_cache: Any, req_to_token: Any, rows: Any,
-            seq_lens: Any, prefix_lens: Any, new_lens: Any, encoder_lens: Any = None, *, scaling: float |
-            None, causal: bool, sliding_window_size: int | None, **options: Any,
-        ) -> Any:  # fmt: skip
-            plain = encoder_lens is None and sliding_window_size is None and causal
+        def _run_sdpa_forward_extend(self, *tensors: Any, **options: Any) -> torch.Tensor:
+            query, output, k_cache, v_cache, req_to_token, rows, seq_lens, _, new_lens, encoder_lens = tensors
+            plain = encoder_lens is None and options["sliding_window_size"] is None and options["causal"]
             if not plain or int(new_lens.max()) > MAX_NEW_TOKENS:
-                return super()._run_sdpa_forward_extend(
-                    query, output, k_cache, v_cache, req_to_token, rows, seq_lens, prefix_lens, new_lens,
-                    encoder_lens, scaling=scaling, causal=causal, sliding_window_size=sliding_window_size,
-                    **options,
-                )  # fmt: skip
-            attend(query, output, k_cache, v_cache, req_to_token, rows, seq_lens, new_lens, scaling)
+                return super()._run_sdpa_forward_extend(*tensors, **options)
+            attend(
+                query, output, k_cache, v_cache, req_to_token, rows, seq_lens, new_lens, options["scaling"]
+            )
             return output
 
     return BatchedTorchNativeBackend(runner)
