@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 
 class PolicyTokenizer:
@@ -14,13 +15,7 @@ class PolicyTokenizer:
     """
 
     def __init__(self, directory: Path) -> None:
-        from transformers import AutoTokenizer
-
-        try:
-            self._tokenizer = AutoTokenizer.from_pretrained(directory)
-        except (OSError, ValueError) as error:
-            reason = str(error).splitlines()[0]
-            raise ValueError(f"model.path={directory}: no usable tokenizer ({reason})") from error
+        self._tokenizer = _load(directory)
 
     def encode(self, text: str, *, add_special_tokens: bool = False) -> list[int]:
         """Token ids of a text."""
@@ -35,3 +30,16 @@ class PolicyTokenizer:
         return self._tokenizer.decode(
             token_ids, skip_special_tokens=False, clean_up_tokenization_spaces=False
         )
+
+
+def _load(directory: Path) -> Any:
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    # AutoTokenizer goes by the model's type: it would give every Qwen2 checkpoint Qwen2's own pre-tokenizer,
+    # whatever tokenizer.json says.
+    loader = PreTrainedTokenizerFast if (directory / "tokenizer.json").exists() else AutoTokenizer
+    try:
+        return loader.from_pretrained(directory)
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"model.path={directory}: no usable tokenizer ({reason})") from error

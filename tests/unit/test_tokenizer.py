@@ -1,0 +1,30 @@
+"""The tokenizer of a policy is what its tokenizer.json says."""
+
+import json
+
+import pytest
+from tokenizers import Tokenizer, decoders, models
+
+from megatron_ztrl.data.tokenizer import PolicyTokenizer
+
+
+def test_a_qwen2_checkpoint_keeps_the_pre_tokenizer_of_its_own_file(tmp_path):
+    vocab = {"Q": 0, ":": 1, "Q:": 2, "1": 3, "11": 4, "<|eos|>": 5}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[("Q", ":"), ("1", "1")]))
+    tokenizer.decoder = decoders.Fuse()
+    tokenizer.add_special_tokens(["<|eos|>"])
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text(
+        json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"})
+    )
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen2"}))
+    policy = PolicyTokenizer(tmp_path)
+    assert policy.encode("Q:11") == [2, 4]  # Qwen2's own rules would split both
+    assert policy.decode([2, 5]) == "Q:"
+    assert policy.decode_all([2, 5]) == "Q:<|eos|>"
+
+
+def test_a_directory_without_a_tokenizer_is_one_clear_line(tmp_path):
+    with pytest.raises(ValueError, match="no usable tokenizer") as error:
+        PolicyTokenizer(tmp_path)
+    assert str(tmp_path) in str(error.value)
