@@ -46,7 +46,15 @@ setup(
         "megatron_ztrl.observability.report": ["templates/*"],
         "ztrl_sandbox": ["py.typed"],
     },
-    install_requires=["numpy>=2", "aiohttp>=3.14", "omegaconf>=2.4,<3", "pydantic>=2.14,<3", "PyYAML>=6"],
+    install_requires=[
+        "numpy>=2",
+        "aiohttp>=3.14",
+        "omegaconf>=2.4,<3",
+        "pydantic>=2.14,<3",
+        "PyYAML>=6",
+        "rich>=15",
+        "Jinja2>=3.1",
+    ],
     extras_require={
         "cpu": TRAIN,
         "gpu": [*TRAIN, "sglang==0.5.21", "transformer-engine[core_cu13,pytorch]"],

@@ -74,6 +74,11 @@ def check_config(config: Config) -> None:
         ConfigError: One line per problem, each starting with the config path.
     """
     problems = [*_ranges(config), *_paths(config), *_lengths(config), *_evaluation(config), *_engines(config)]
+    if config.data.prompt_template == "plain" and config.reward.require_answer_tags:
+        problems.append(
+            "reward.require_answer_tags: the template 'plain' asks for no answer tags, so every reward would be "
+            "0; set it to false"
+        )
     low, high = config.algorithm.min_accuracy, config.algorithm.max_accuracy
     if low > high:
         problems.append(f"algorithm.min_accuracy: {low} is above algorithm.max_accuracy ({high})")

@@ -59,11 +59,13 @@ def node_address() -> str:
     return ray.util.get_node_ip_address()
 
 
-async def result(reference: Any) -> Any:
-    """The result of a remote call; its error is raised as itself, with the remote traceback as its cause."""
+async def user_facing(reference: Any) -> Any:
+    """The result of a remote call whose ValueErrors are for the user: those are raised as themselves."""
     from ray.exceptions import RayTaskError
 
     try:
         return await reference
     except RayTaskError as error:
-        raise error.cause from error
+        if isinstance(error.cause, ValueError):
+            raise error.cause from error
+        raise

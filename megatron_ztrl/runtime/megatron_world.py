@@ -17,7 +17,7 @@ import numpy as np
 from megatron_ztrl.config.schema import Config
 from megatron_ztrl.data.packing import PackedBatch
 from megatron_ztrl.engines.weight_group import WeightGroup
-from megatron_ztrl.runtime.cluster import cluster_gpus, node_address, result
+from megatron_ztrl.runtime.cluster import cluster_gpus, node_address
 from megatron_ztrl.types import TensorSlice
 from megatron_ztrl.weights.reshard import Transfer
 
@@ -79,10 +79,10 @@ class MegatronWorld:
 
     async def build(self) -> None:
         """Starts all ranks and loads the initial policy into their shards."""
-        init_method = await result(self._ranks[0].rendezvous.remote())
+        init_method = await self._ranks[0].rendezvous.remote()
         roles = await asyncio.gather(
             *(
-                result(rank.build.remote(self._config, index, self._world_size, init_method))
+                rank.build.remote(self._config, index, self._world_size, init_method)
                 for index, rank in enumerate(self._ranks)
             )
         )
@@ -114,12 +114,12 @@ class MegatronWorld:
 
         shared = ray.put(list(transfers))
         await asyncio.gather(
-            *(result(rank.join_weight_group.remote(group, shared, self._world_size)) for rank in self._ranks)
+            *(rank.join_weight_group.remote(group, shared, self._world_size) for rank in self._ranks)
         )
 
     async def send_weights(self) -> None:
         """Sends the current weights to the engines, all ranks at once."""
-        await asyncio.gather(*(result(rank.send_weights.remote()) for rank in self._ranks))
+        await asyncio.gather(*(rank.send_weights.remote() for rank in self._ranks))
 
     async def save_checkpoint(self, directory: Path) -> None:
         await self.call("save_checkpoint", directory)
@@ -140,9 +140,7 @@ class MegatronWorld:
         import ray
 
         shared = [ray.put(arg) if isinstance(arg, PackedBatch) else arg for arg in args]
-        return await asyncio.gather(
-            *(result(rank.call.remote(method, *shared, **kwargs)) for rank in self._ranks)
-        )
+        return await asyncio.gather(*(rank.call.remote(method, *shared, **kwargs) for rank in self._ranks))
 
     def kill(self) -> None:
         """Ends all ranks at once."""

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Protocol
 
 from megatron_ztrl.engines.server import EngineServer
-from megatron_ztrl.runtime.cluster import cluster_gpus, result
+from megatron_ztrl.runtime.cluster import cluster_gpus, user_facing
 
 
 class Server(Protocol):
@@ -64,13 +64,13 @@ class HostedServer:
 
     async def start(self) -> str:
         """Starts the server and waits until it serves. Returns its URL."""
-        return await result(self._host.start.remote())
+        return await user_facing(self._host.start.remote())
 
     async def stop(self) -> None:
         """Stops the server, then its host."""
         import ray
 
         try:
-            await result(self._host.stop.remote())
+            await self._host.stop.remote()
         finally:
             ray.kill(self._host)

@@ -36,6 +36,10 @@ def test_the_defaults_are_accepted(yaml_file: Path) -> None:
         (["actor.learning_rate=0"], "actor.learning_rate: must be above 0, got 0.0"),
         (["rollout.top_p=1.1"], "rollout.top_p: must be above 0 and at most 1, got 1.1"),
         (["actor.adam_beta1=1.0"], "actor.adam_beta1: must be at least 0 and below 1, got 1.0"),
+        (
+            ["data.prompt_template=plain"],
+            "reward.require_answer_tags: the template 'plain' asks for no answer tags",
+        ),
         (["engine.port=80"], "engine.port: must be at least 1024 and at most 65535, got 80"),
         (["engine.port=65535", "engine.count=2"], "engine.port: 2 engines from port 65535 go past 65535"),
         (["algorithm.min_accuracy=0.9", "algorithm.max_accuracy=0.8"], "min_accuracy: 0.9 is above"),
