@@ -146,7 +146,9 @@ def test_broken_yaml_is_reported_with_its_line(yaml_file: Path) -> None:
 @pytest.mark.parametrize("text", ["", "- a\n", "just text"])
 def test_a_file_that_is_not_a_mapping_is_refused(yaml_file: Path, text: str) -> None:
     yaml_file.write_text(text)
-    assert str(yaml_file) in (str(pytest.raises(ConfigError, load_config, yaml_file).value))
+    with pytest.raises(ConfigError) as error:
+        load_config(yaml_file)
+    assert str(yaml_file) in str(error.value)
 
 
 def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:

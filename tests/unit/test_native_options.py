@@ -38,7 +38,9 @@ def config(megatron: MegatronConfig | None = None, server_args: dict[str, object
 
 
 def error_of(checked: Config) -> str:
-    return str(pytest.raises(ConfigError, native.check_native, checked).value)
+    with pytest.raises(ConfigError) as error:
+        native.check_native(checked)
+    return str(error.value)
 
 
 @needs_megatron

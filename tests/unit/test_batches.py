@@ -1,0 +1,129 @@
+"""From groups to packed batches with advantages, against numbers worked out by hand."""
+
+import numpy as np
+import pytest
+
+from megatron_ztrl.config.schema import (
+    ActorConfig,
+    AlgorithmConfig,
+    Config,
+    DataConfig,
+    DatasetConfig,
+    ModelConfig,
+    RunConfig,
+    TrainConfig,
+)
+from megatron_ztrl.data.batches import logprob_gap, training_batches, with_old_logprobs
+from megatron_ztrl.rollout.statistics import model_tokens, rollout_statistics
+from megatron_ztrl.types import (
+    NOT_SAMPLED,
+    ExecutionResult,
+    ExecutionStatus,
+    Prompt,
+    Rollout,
+    RolloutGroup,
+    StopReason,
+    Turn,
+)
+
+PROMPT = Prompt(prompt_id="p", problem="", text="", ground_truth="1", data_source="test")
+OK = ExecutionResult(status=ExecutionStatus.OK, stdout="1", stderr="", run_seconds=0.0, queue_seconds=0.0)
+FAILED = ExecutionResult(
+    status=ExecutionStatus.TIMEOUT, stdout="", stderr="", run_seconds=0.0, queue_seconds=0.0
+)
+
+
+def rollout(reward, mask, *, text="", turns=(), stop_reason=StopReason.STOP):
+    return Rollout(
+        rollout_id="r",
+        prompt=PROMPT,
+        prompt_ids=[1, 2],
+        token_ids=[5] * len(mask),
+        logprobs=[-0.5 if sampled else 0.0 for sampled in mask],
+        loss_mask=[bool(sampled) for sampled in mask],
+        weight_versions=[0 if sampled else NOT_SAMPLED for sampled in mask],
+        turns=list(turns),
+        text=text,
+        stop_reason=stop_reason,
+        reward=reward,
+    )
+
+
+def call(result):
+    return Turn(start=0, tool_start=1, end=2, code="", result=result)
+
+
+def config(**algorithm):
+    return Config(
+        run=RunConfig(directory="none"),
+        model=ModelConfig(path="none"),
+        data=DataConfig(train=DatasetConfig(name="none", path="none")),
+        train=TrainConfig(num_steps=1),
+        algorithm=AlgorithmConfig(**algorithm),
+        actor=ActorConfig(max_tokens_per_microbatch=64),
+    )
+
+
+GROUP = RolloutGroup(group_id=0, prompt=PROMPT, rollouts=[rollout(1.0, [1, 0, 1, 1]), rollout(0.0, [1])])
+
+
+def trained(batch, name):
+    return [
+        value
+        for rank in batch.microbatches
+        for microbatch in rank
+        for value in microbatch.per_token[name][microbatch.loss_mask_T]
+    ]
+
+
+def test_grpo_advantages_reach_every_sampled_token_and_no_other():
+    (batch,) = training_batches([GROUP], config(advantage="grpo"), np.random.default_rng(0))
+    # Rewards 1 and 0: mean 1/2, population deviation 1/2.
+    assert sorted(trained(batch, "advantages")) == pytest.approx([-1.0, 1.0, 1.0, 1.0], abs=1e-4)
+    assert batch.trained_tokens == 4
+
+
+def test_reinforce_pp_advantages_are_whitened_over_tokens():
+    (batch,) = training_batches([GROUP], config(advantage="reinforce_pp_baseline"), np.random.default_rng(0))
+    # Centred rewards +1/2 on three tokens and -1/2 on one: mean 1/4, deviation sqrt(3)/4.
+    deviation = 3**0.5 / 4
+    expected = [-0.75 / deviation] + [0.25 / deviation] * 3
+    assert sorted(trained(batch, "advantages")) == pytest.approx(expected, abs=1e-4)
+
+
+def test_mini_batches_share_the_statistics_of_the_whole_step():
+    batches = training_batches([GROUP], config(advantage="grpo", minibatches=2), np.random.default_rng(0))
+    values = sorted(value for batch in batches for value in trained(batch, "advantages"))
+    assert values == pytest.approx([-1.0, 1.0, 1.0, 1.0], abs=1e-4)
+    assert sorted(batch.trained_tokens for batch in batches) == [1, 3]
+
+
+def test_old_logprobs_come_from_the_engine_or_from_the_trainer():
+    (batch,) = training_batches([GROUP], config(), np.random.default_rng(0))
+    assert logprob_gap(with_old_logprobs(batch, None)) == 0.0
+    trainer = [
+        [np.where(mb.loss_mask_T, np.float32(-0.75), np.float32(9.0)) for mb in rank]
+        for rank in batch.microbatches
+    ]
+    attached = with_old_logprobs(batch, trainer)
+    assert trained(attached, "old_logprobs") == [-0.75] * 4
+    assert logprob_gap(attached) == pytest.approx(0.25)
+
+
+def test_statistics_count_executed_beside_written_code_and_leave_out_infrastructure_failures():
+    rollouts = [
+        rollout(1.0, [1, 0, 1], text="```python\n1\n```", turns=[call(OK)]),
+        rollout(0.0, [1], text="```python\n1\n``` ```python\n1\n```", turns=[call(FAILED)]),
+        rollout(0.0, [1, 1], text="7", stop_reason=StopReason.LENGTH),
+        rollout(0.0, [1], text="```python", stop_reason=StopReason.INFRASTRUCTURE),
+    ]
+    statistics = rollout_statistics(rollouts)
+    assert statistics["accuracy"] == pytest.approx(1 / 3)
+    assert statistics["code_proportion"] == pytest.approx(2 / 3)
+    assert statistics["code_ratio"] == pytest.approx(2 / 3)
+    assert statistics["written_calls"] == pytest.approx(1.0)
+    assert statistics["failed_calls"] == pytest.approx(1 / 3)
+    assert statistics["response_tokens"] == pytest.approx(2.0)
+    assert statistics["truncated"] == pytest.approx(1 / 3)
+    assert statistics["infrastructure_failures"] == pytest.approx(1 / 4)
+    assert model_tokens(rollouts[:2]) == 3
