@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -99,6 +100,7 @@ class EngineServer:
         arguments = {**self._arguments, "host": self._host, "port": self._port}
         command = [sys.executable, "-m", "sglang.launch_server", *_command_line(arguments)]
         self._log_path.parent.mkdir(parents=True, exist_ok=True)
+        self._scratch = tempfile.TemporaryDirectory(prefix="ztrl-engine-")
         with self._log_path.open("ab") as log:
             self._process = subprocess.Popen(
                 [sys.executable, str(Path(__file__).with_name("tether.py")), str(os.getpid()), *command],
@@ -139,19 +141,15 @@ class EngineServer:
             return
         tree = _process_tree(self._process.pid)
         shared_files = _shared_files(tree)
-        if (
-            self._device == "cuda" and self.alive
-        ):  # lets the schedulers give back GPU memory; a CPU holds nothing
+        if self._device == "cuda" and self.alive:  # so that the schedulers give back GPU memory
             self._process.send_signal(signal.SIGTERM)
             with contextlib.suppress(subprocess.TimeoutExpired):  # then it is killed, with its children
                 self._process.wait(GRACE_SECONDS)
-        for process in tree:
-            if process.is_running():
-                process.kill()
+        _kill(tree)
         self._process.wait()
-        _wait_gone(tree)
         for path in shared_files:
             path.unlink(missing_ok=True)
+        self._scratch.cleanup()
         self._process = None
 
     def log_tail(self) -> str:
@@ -181,6 +179,7 @@ class EngineServer:
             variables |= cpu_compat.environment(tensor_parallel_size)
         if Path(self._config.model.path).is_dir():
             variables["HF_HUB_OFFLINE"] = "1"
+        variables["TMPDIR"] = self._scratch.name  # SGLang leaves its sockets behind
         inherited = os.environ.get("PYTHONPATH")
         variables["PYTHONPATH"] = os.pathsep.join([*paths, *([inherited] if inherited else [])])
         return {**os.environ, **variables}
@@ -249,19 +248,31 @@ def _process_tree(pid: int) -> list[psutil.Process]:
 
 
 def _shared_files(processes: Sequence[psutil.Process]) -> set[Path]:
-    """Load statistics in shared memory, which SGLang never removes."""
+    """What the processes share through memory; a killed process does not remove its files."""
     paths: set[Path] = set()
     for process in processes:
         try:
             maps = process.memory_maps()
         except (psutil.NoSuchProcess, psutil.AccessDenied):
             continue  # already gone
-        paths.update(Path(entry.path) for entry in maps if entry.path.startswith("/dev/shm/sglang_loads_"))
+        paths.update(Path(entry.path) for entry in maps if entry.path.startswith("/dev/shm/"))
     return paths
 
 
-def _wait_gone(processes: Sequence[psutil.Process]) -> None:
-    """Wait for killed processes; those that are not our children may stay as zombies, which hold nothing."""
+def _kill(processes: Sequence[psutil.Process]) -> None:
+    """Kill all, and wait until they are gone.
+
+    Python's resource tracker goes last and by itself: it removes the semaphores of those it served.
+    """
     for process in processes:
-        while process.is_running() and process.status() != psutil.STATUS_ZOMBIE:
-            time.sleep(HEALTH_POLL_SECONDS / 10)
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if not any("resource_tracker" in word for word in process.cmdline()):
+                process.kill()
+    deadline = time.monotonic() + GRACE_SECONDS
+    for process in processes:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            # One that is not our child may stay as a zombie, which holds nothing.
+            while process.status() != psutil.STATUS_ZOMBIE:
+                if time.monotonic() > deadline:
+                    process.kill()
+                time.sleep(HEALTH_POLL_SECONDS / 10)

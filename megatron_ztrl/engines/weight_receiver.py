@@ -116,6 +116,8 @@ def _receive(model: torch.nn.Module, membership: _Membership) -> None:
             _wait(work, membership.group, source)
             for view, part in zip(views, staging.split([view.numel() for view in views]), strict=True):
                 view.copy_(part.view(view.shape))
+    if membership.group.backend == "nccl":
+        torch.cuda.synchronize()  # the next forward pass may run on another stream
 
 
 def _wait(work: dist.Work, group: WeightGroup, source: int) -> None:

@@ -2,8 +2,10 @@
 
 import numpy as np
 import pytest
+import torch
 
 from megatron_ztrl.engines.parameters import engine_slices
+from megatron_ztrl.engines.weight_group import Piece, buckets
 from megatron_ztrl.types import TensorSlice
 from megatron_ztrl.weights.hf_mapping import Architecture, ParallelLayout, hf_tensor_shapes, megatron_slices
 from megatron_ztrl.weights.reshard import Transfer, plan
@@ -135,6 +137,22 @@ def test_sglangs_fused_and_padded_layout_on_the_second_of_two_ranks():
     ]
     embedding = next(item for item in slices if item.param == "model.embed_tokens.weight")
     assert (embedding.start, embedding.tensor_start, embedding.length) == (0, 160, 134)  # 294 padded to 320
+
+
+def test_both_ends_cut_their_pieces_into_the_same_bounded_buckets():
+    ours = {"w": torch.arange(30.0).view(10, 3), "b": torch.arange(5.0)}
+    theirs = {"fused": torch.zeros(20, 3), "bias": torch.zeros(9)}
+    sent = [Piece(1, "w", 0, 2, 6), Piece(1, "b", 0, 0, 5)]
+    received = [Piece(0, "fused", 0, 10, 6), Piece(0, "bias", 0, 4, 5)]
+    # 8 elements fit: two rows of 3 at a time, then the 5 of the bias alone.
+    out = list(buckets(sent, ours.__getitem__, torch.float32, bucket_bytes=32))
+    into = list(buckets(received, theirs.__getitem__, torch.float32, bucket_bytes=32))
+    assert [[view.numel() for view in bucket] for bucket in out] == [[6], [6], [6], [5]]
+    for source, target in zip(out, into, strict=True):
+        for view, copy in zip(source, target, strict=True):
+            copy.copy_(view)
+    assert torch.equal(theirs["fused"][10:16], ours["w"][2:8])
+    assert torch.equal(theirs["bias"][4:], ours["b"])
 
 
 def test_too_few_kv_heads_for_the_engines_ranks_are_refused():
