@@ -29,7 +29,7 @@ from transformers import PreTrainedTokenizerFast
 from megatron_ztrl.envs.prompt_templates import get_template
 
 PAD, EOS = "<|pad|>", "<|endoftext|>"
-STEP_WEIGHTS = {1: 0.25, 2: 0.40, 3: 0.35}
+STEP_WEIGHTS = {1: 0.35, 2: 0.65}
 """Share of the problems by number of operations."""
 FULL_SOLUTION_SHARE = 0.9
 """The other solutions with Python stop an operation or more early and do the rest by heart."""
