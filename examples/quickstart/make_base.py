@@ -1,6 +1,6 @@
 """Makes the base policy of the quickstart, a Qwen2 of 0.37M parameters: `python make_base.py` writes base/.
 
-The result is committed, so nobody needs to run this; it takes about four minutes on one CPU thread.
+The result is committed, so nobody needs to run this; it takes a few minutes on one CPU thread.
 Most of the run reads solutions with Python, so that the policy learns to copy numbers into calls and out of
 replies; the last quarter reads mostly guesses, so that the finished base can call Python but rarely does.
 """
