@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -92,16 +93,18 @@ class ActorRank:
         """Log-probs of the trained tokens under the current weights.
 
         Returns:
-            [T] float32 in nats for each microbatch of this replica, 0 at untrained positions; None on ranks that
-            return nothing.
+            [T] float32 in nats for each microbatch of this replica, 0 at untrained positions; None on ranks
+            that return nothing.
         """
-        microbatches = self._to_device(batch.microbatches[self.dp_rank])
+        mine = batch.microbatches[self.dp_rank]
         settings = self._loss_settings
-        results = forward_logprobs(self._models, microbatches, settings.vocab_size, settings.temperature)
-        return [logp_T.cpu().numpy() for logp_T in results] if self.is_output_rank else None
+        results = forward_logprobs(
+            self._models, self._to_device(mine), settings.vocab_size, settings.temperature
+        )
+        return [logp_T.cpu().numpy() for logp_T in results[: len(mine)]] if self.is_output_rank else None
 
     def train_step(self, batch: PackedBatch, step: int) -> dict[str, float] | None:
-        """One optimizer step on the clipped policy loss, averaged over the trained tokens of the global batch.
+        """One optimizer step on the clipped policy loss, averaged over the global batch's trained tokens.
 
         Args:
             batch: Carries ``old_logprobs`` and ``advantages`` in ``per_token``.
@@ -126,7 +129,7 @@ class ActorRank:
             # The weights are published, or saved, before the next forward pass would gather them.
             for model in self._models:
                 model.start_param_sync(force_sync=True)
-        if not self.is_output_rank or self.dp_rank != 0:
+        if means is None or not self.is_output_rank or self.dp_rank != 0:
             return None
         return dict(zip(STATISTICS, means.tolist(), strict=True)) | {
             "grad_norm": float(grad_norm),
@@ -141,9 +144,7 @@ class ActorRank:
             ``len(token_ids) - 1`` numbers in nats on output ranks, None elsewhere.
         """
         sequence = _one_sequence(token_ids, self._layout.tensor_size)
-        # The interleaved schedule refuses fewer microbatches than pipeline stages.
-        copies = self._layout.pipeline_size if self._layout.virtual_size > 1 else 1
-        microbatches = self._to_device([sequence] * copies)
+        microbatches = self._to_device([sequence])
         results = forward_logprobs(self._models, microbatches, self._architecture.vocab_size, temperature=1.0)
         return results[0][: len(token_ids) - 1].tolist() if self.is_output_rank else None
 
@@ -178,11 +179,14 @@ class ActorRank:
         setup.destroy_distributed()
 
     def _to_device(self, microbatches: list[Microbatch]) -> list[DeviceMicrobatch]:
+        size = self._layout.tensor_size
         if self._config.actor.sequence_parallel:
-            size = self._layout.tensor_size
-            assert all(mb.input_ids_T.size % size == 0 for mb in microbatches), (
-                "pad microbatches to the TP size"
-            )
+            assert all(mb.input_ids_T.size % size == 0 for mb in microbatches), "T must divide by TP"
+        if self._layout.virtual_size > 1:
+            # The interleaved schedule wants a multiple of the pipeline stages.
+            nothing = dict.fromkeys(microbatches[0].per_token, np.zeros(size, dtype=np.float32))
+            idle = replace(_one_sequence([0], size), per_token=nothing)
+            microbatches = microbatches + [idle] * (-len(microbatches) % self._layout.pipeline_size)
         return [DeviceMicrobatch.of(mb, self._backend, device()) for mb in microbatches]
 
     def _set_learning_rate(self, step: int) -> float:

@@ -1,4 +1,4 @@
-"""The one place that decides between Transformer Engine and Megatron's local layers, and between GPU and CPU."""
+"""The one place that decides between Transformer Engine and local layers, and between GPU and CPU."""
 
 from __future__ import annotations
 

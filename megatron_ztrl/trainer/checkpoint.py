@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +31,8 @@ FILES_PER_RANK = 2
 class SynchronousSave(TorchDistSaveShardedStrategy):
     """Writes shards from threads of this process.
 
-    Megatron's own strategy forks writers and spawns a manager process. Forking a process that has CUDA and Ray
-    threads is not safe, and spawning runs the entry script again.
+    Megatron's own strategy forks writers and spawns a manager process. Forking a process that has CUDA and
+    Ray threads is not safe, and spawning runs the entry script again.
     """
 
     def save(self, sharded_state_dict: dict[str, Any], checkpoint_dir: str | Path) -> None:
@@ -105,10 +107,31 @@ def _sharded_state(
         for index, chunk in enumerate(chunks)
     }
     model_state = state if len(chunks) > 1 else state["model"]
-    optimizer_state = optimizer.sharded_state_dict(
-        dict(model_state), is_loading=is_loading, metadata=metadata
-    )
+    with _bucket_padding_kept(optimizer):
+        optimizer_state = optimizer.sharded_state_dict(
+            dict(model_state), is_loading=is_loading, metadata=metadata
+        )
     return {**state, "optimizer": optimizer_state}
+
+
+@contextlib.contextmanager
+def _bucket_padding_kept(optimizer: MegatronOptimizer) -> Iterator[None]:
+    """Makes Megatron 0.16 save the right numbers when a gradient buffer has several buckets.
+
+    It joins the buckets without the padding between them, then cuts parameters out at positions that count
+    the padding: everything behind the first bucket is shifted, and the end filled with zeros. Tied embeddings
+    under pipeline parallelism make a bucket of their own, overlapped reduction makes many.
+    """
+    buffers = [buffer for part in _parts(optimizer) for buffer in getattr(part, "buffers", [])]
+    holders = [holder for buffer in buffers for holder in (buffer, *buffer.buckets)]
+    unpadded = [holder.numel_unpadded for holder in holders]
+    for holder in holders:
+        holder.numel_unpadded = holder.grad_data.numel()
+    try:
+        yield
+    finally:
+        for holder, size in zip(holders, unpadded, strict=True):
+            holder.numel_unpadded = size
 
 
 def _chunk_key(index: int, chunks: list[PolicyModel]) -> str:
@@ -124,14 +147,14 @@ def _parts(optimizer: MegatronOptimizer) -> list[Any]:
 
 
 def _uses_torch_adam(part: Any) -> bool:
-    """Without Transformer Engine and apex, Megatron falls back to torch's Adam, which keeps a ``step`` tensor."""
+    """Without Transformer Engine and apex, Megatron takes torch's Adam, which keeps ``step`` tensors."""
     return isinstance(part.optimizer, torch.optim.Optimizer) and type(part.optimizer).__module__.startswith(
         "torch."
     )
 
 
 def _give_every_parameter_adam_state(optimizer: MegatronOptimizer) -> None:
-    """torch's Adam makes its state in the first step, but Megatron reads a ``step`` from every parameter."""
+    """Torch's Adam makes its state in the first step, but Megatron reads a ``step`` from every parameter."""
     for part in _parts(optimizer):
         if not _uses_torch_adam(part):
             continue

@@ -20,14 +20,14 @@ from megatron_ztrl.weights.hf_mapping import Architecture, Backend
 class PolicyModel(GPTModel):
     """``GPTModel`` that computes logits only at selected positions.
 
-    Prompt and tool tokens are not trained, and the vocabulary projection is the largest matrix product of a small
-    model: leaving them out saves its time, and its activations.
+    Prompt and tool tokens are not trained, and the vocabulary projection is the largest matrix product of a
+    small model: leaving them out saves its time, and its activations.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         if self.post_process:
-            # Under sequence parallelism the rows are gathered before the selection, so not again by the layer.
+            # Under sequence parallelism rows are gathered before the selection, so not again by the layer.
             self.output_layer.sequence_parallel = False
 
     def forward(

@@ -56,7 +56,7 @@ def init_distributed(layout: ParallelLayout, rank: int, init_method: str, seed: 
 
 
 def transformer_config(config: Config, architecture: Architecture, backend: Backend) -> TransformerConfig:
-    """The model's shape from its checkpoint, the layout from ``actor``, the rest from ``megatron.transformer``."""
+    """Shape from the checkpoint, layout from ``actor``, the rest from ``megatron.transformer``."""
     dtype = DTYPES[config.model.dtype]
     options: dict[str, Any] = {
         "num_layers": architecture.num_layers,
@@ -80,12 +80,12 @@ def transformer_config(config: Config, architecture: Architecture, backend: Back
         "params_dtype": dtype,
         "pipeline_dtype": dtype,
         "bf16": dtype is torch.bfloat16,
-        # Microbatches are packed to different lengths, which the pipeline must communicate. Megatron couples that
-        # to this dispatcher even for dense models.
+        # Microbatches are packed to different lengths, which the pipeline must communicate. Megatron couples
+        # that to this dispatcher even for dense models.
         "variable_seq_lengths": True,
         "moe_token_dispatcher_type": "alltoall",
-        # Gradients are summed over data-parallel ranks: the loss is divided by the batch's trained tokens before
-        # the backward pass, so neither the schedule nor DDP may average.
+        # Gradients are summed over data-parallel ranks: the loss is divided by the batch's trained tokens
+        # before the backward pass, so neither the schedule nor DDP may average.
         "calculate_per_token_loss": True,
         "finalize_model_grads_func": _finalize_without_scaling,
     }

@@ -129,8 +129,8 @@ def accumulate_gradients(
     """Forward and backward of the clipped policy loss; leaves reduced gradients in the models' buffers.
 
     Args:
-        trained_tokens: Trained tokens of the global batch. The loss is divided by it, so that every token weighs
-            the same however the batch is cut into ranks and microbatches.
+        trained_tokens: Trained tokens of the global batch. The loss is divided by it, so that every token
+            weighs the same however the batch is cut into ranks and microbatches.
 
     Returns:
         Means over the global batch, in the order of ``STATISTICS``; None before the last stage.

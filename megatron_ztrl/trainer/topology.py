@@ -81,17 +81,19 @@ def check_topology(config: Config) -> None:
     ):
         if size % layout.tensor_size:
             raise ValueError(
-                f"actor.tensor_parallel_size: {layout.tensor_size} does not divide the {size} {what} of {config.model.path}"
+                f"actor.tensor_parallel_size: {layout.tensor_size} does not divide the {size} {what}"
+                f" of {config.model.path}"
             )
     stages = layout.pipeline_size * layout.virtual_size
     if architecture.num_layers % stages:
         raise ValueError(
-            f"actor.pipeline_parallel_size: {stages} pipeline stages (virtual ones included) do not divide the"
-            f" {architecture.num_layers} layers of {config.model.path}"
+            f"actor.pipeline_parallel_size: {stages} pipeline stages (virtual ones included) do not divide"
+            f" the {architecture.num_layers} layers of {config.model.path}"
         )
     if layout.virtual_size > 1 and layout.pipeline_size == 1:
         raise ValueError(
-            "megatron.transformer.virtual_pipeline_model_parallel_size: needs actor.pipeline_parallel_size > 1"
+            "megatron.transformer.virtual_pipeline_model_parallel_size:"
+            " needs actor.pipeline_parallel_size > 1"
         )
     if config.actor.sequence_parallel and layout.tensor_size == 1:
         raise ValueError("actor.sequence_parallel: needs actor.tensor_parallel_size > 1")

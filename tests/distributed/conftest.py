@@ -12,12 +12,12 @@ import torch
 # pytest's importlib mode leaves the path alone; the spawned ranks inherit it.
 sys.path.insert(0, str(Path(__file__).parent))
 
-from launcher import launch  # noqa: E402
-from random_policies import POLICIES, reference_run, save_policy  # noqa: E402
-from ranks import Case, measure_resume, run_parity_cases  # noqa: E402
+from launcher import launch
+from random_policies import POLICIES, reference_run, save_policy
+from ranks import Case, measure_resume, run_parity_cases
 
 INTERLEAVED = {"virtual_pipeline_model_parallel_size": 2, "overlap_p2p_comm": True}
-OVERLAP = {"overlap_grad_reduce": True, "overlap_param_gather": True}
+OVERLAP = {"overlap_grad_reduce": True, "overlap_param_gather": True, "bucket_size": 20_000}
 RECOMPUTE = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
 
 TWO_RANK_CASES = [
@@ -44,6 +44,7 @@ FOUR_RANK_CASES = [
     Case(name="tp2-sp-dp2", policy="qwen2", tp=2, dp=2, sp=True),
     Case(name="llama-tied-pp2-dp2", policy="llama-tied", pp=2, dp=2),
 ]
+BFLOAT16_CASE = Case(name="bfloat16-tp2-sp", policy="qwen2-tied", tp=2, sp=True, dtype="bfloat16")
 BY_NAME = {case.name: case for case in TWO_RANK_CASES + FOUR_RANK_CASES}
 RESUME_PAIRS = [
     ("tp2-sp", "tp2-sp"),
@@ -52,6 +53,7 @@ RESUME_PAIRS = [
     ("tied-pp2", "tied-dp2"),
     ("tied-dp2", "tied-tp2-sp"),
     ("pp2-interleaved", "tp2"),
+    ("dp2-overlap", "dp2"),
 ]
 
 
@@ -77,10 +79,10 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def parity(root: Path) -> dict[str, list[dict[str, Any]]]:
     """By case name, what each of its ranks measured."""
-    by_rank = launch(run_parity_cases, 2, root, TWO_RANK_CASES) + launch(
-        run_parity_cases, 4, root, FOUR_RANK_CASES
-    )
-    return {name: [ranks[name] for ranks in by_rank if name in ranks] for name in BY_NAME}
+    by_rank = launch(run_parity_cases, 2, root, [*TWO_RANK_CASES, BFLOAT16_CASE])
+    by_rank += launch(run_parity_cases, 4, root, FOUR_RANK_CASES)
+    names = [*BY_NAME, BFLOAT16_CASE.name]
+    return {name: [ranks[name] for ranks in by_rank if name in ranks] for name in names}
 
 
 @pytest.fixture(scope="session")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,12 @@ from typing import Any
 import torch
 import torch.multiprocessing as multiprocessing
 
+LIMIT_SECONDS = 240
+"""A rank that fails inside a collective can leave its peers waiting."""
+
 
 def launch(function: Callable[..., Any], world_size: int, *args: Any) -> list[Any]:
-    """Calls ``function(rank, *args)`` in fresh processes.
+    """Calls ``function(rank, scratch, *args)`` in fresh processes; ``scratch`` is a directory of this launch.
 
     Args:
         function: Importable from a module, so that the new processes can find it.
@@ -28,9 +32,15 @@ def launch(function: Callable[..., Any], world_size: int, *args: Any) -> list[An
         threads = os.environ.get("OMP_NUM_THREADS")
         os.environ["OMP_NUM_THREADS"] = "1"
         try:
-            multiprocessing.start_processes(
-                _run, args=(function, directory, args), nprocs=world_size, start_method="spawn"
+            context = multiprocessing.start_processes(
+                _run, args=(function, directory, args), nprocs=world_size, join=False, start_method="spawn"
             )
+            deadline = time.monotonic() + LIMIT_SECONDS
+            while not context.join(timeout=max(0.0, deadline - time.monotonic()), grace_period=5.0):
+                if time.monotonic() >= deadline:
+                    for process in context.processes:
+                        process.kill()
+                    raise TimeoutError(f"the ranks took more than {LIMIT_SECONDS} seconds")
         finally:
             os.environ.pop("OMP_NUM_THREADS") if threads is None else os.environ.update(
                 OMP_NUM_THREADS=threads
@@ -39,7 +49,7 @@ def launch(function: Callable[..., Any], world_size: int, *args: Any) -> list[An
 
 
 def _run(rank: int, function: Callable[..., Any], directory: str, args: tuple[Any, ...]) -> None:
-    torch.save(function(rank, *args), _result_path(directory, rank))
+    torch.save(function(rank, Path(directory), *args), _result_path(directory, rank))
 
 
 def _result_path(directory: str, rank: int) -> Path:

@@ -5,6 +5,7 @@ The reference shares no code with the trainer: one sequence at a time, full logi
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from megatron_ztrl.config.schema import (
     RunConfig,
     TrainConfig,
 )
-from megatron_ztrl.data.packing import PackedBatch, pack, with_per_token
+from megatron_ztrl.data.packing import Microbatch, PackedBatch, pack, with_per_token
 from megatron_ztrl.types import TrainingSample
 
 POLICIES = {
@@ -126,8 +127,19 @@ def samples() -> list[TrainingSample]:
 
 
 def packed(reference: dict[str, Any], *, dp: int, tokens: int, multiple: int) -> PackedBatch:
-    """The samples, packed, with the reference's old log-probs and advantages."""
+    """The samples and an empty microbatch, with the reference's old log-probs and advantages."""
     batch = pack(samples(), max_tokens_per_microbatch=tokens, data_parallel_size=dp, pad_to_multiple=multiple)
+    nothing_T = np.zeros(multiple, dtype=np.int64)
+    empty = Microbatch(
+        sample_indices=[],
+        cu_seqlens=np.array([0, multiple], dtype=np.int32),
+        input_ids_T=nothing_T,
+        position_ids_T=np.arange(multiple),
+        target_ids_T=nothing_T,
+        loss_mask_T=nothing_T.astype(bool),
+    )
+    # What a rank gets that has fewer microbatches than another.
+    batch = replace(batch, microbatches=[[*rank, empty] for rank in batch.microbatches])
     for name in ("old_logprobs", "advantages"):
         batch = with_per_token(batch, name, spread(batch, reference[name]))
     return batch

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -38,13 +37,13 @@ class Case:
         return self.tp * self.pp * self.dp
 
 
-def build(case: Case, root: Path, rank: int) -> Any:
+def build(case: Case, rank: int, scratch: Path, root: Path) -> Any:
     """This rank's actor for a case. Ranks meet in a file of their own for every actor."""
     from megatron_ztrl.trainer.actor import ActorRank
 
     # Ranks may sit out a case, so only meetings of the same size are counted alike by all who take part.
     _meetings[case.world_size] += 1
-    meeting = root / f"meeting-{case.world_size}-{_meetings[case.world_size]}-{os.getppid()}"
+    meeting = scratch / f"meeting-{case.world_size}-{_meetings[case.world_size]}"
     chosen = config(
         root / case.policy,
         tp=case.tp,
@@ -58,16 +57,16 @@ def build(case: Case, root: Path, rank: int) -> Any:
     return ActorRank(chosen, rank, case.world_size, f"file://{meeting}")
 
 
-def run_parity_cases(rank: int, root: Path, cases: list[Case]) -> dict[str, dict[str, Any]]:
+def run_parity_cases(rank: int, scratch: Path, root: Path, cases: list[Case]) -> dict[str, dict[str, Any]]:
     """Measures every case on the ranks that it has."""
-    return {case.name: measure_parity(case, root, rank) for case in cases if rank < case.world_size}
+    return {case.name: measure_parity(case, rank, scratch, root) for case in cases if rank < case.world_size}
 
 
-def measure_parity(case: Case, root: Path, rank: int) -> dict[str, Any]:
+def measure_parity(case: Case, rank: int, scratch: Path, root: Path) -> dict[str, Any]:
     """Largest absolute differences from the reference run."""
     reference = torch.load(root / f"{case.policy}.pt", weights_only=False)
     batch = packed(reference, dp=case.dp, tokens=case.tokens, multiple=case.tp)
-    actor = build(case, root, rank)
+    actor = build(case, rank, scratch, root)
     slices = actor.parameter_slices()
     result: dict[str, Any] = {"microbatches": len(batch.microbatches[0])}
     result["logprobs"] = _logprob_gap(actor, batch, reference["logprobs"])
@@ -93,29 +92,30 @@ def measure_parity(case: Case, root: Path, rank: int) -> dict[str, Any]:
 
 
 def measure_resume(
-    rank: int, root: Path, pairs: list[tuple[Case, Case]]
+    rank: int, scratch: Path, root: Path, pairs: list[tuple[Case, Case]]
 ) -> dict[tuple[str, str], dict[str, Any]]:
-    """Saves under one layout, goes on; loads under another layout, goes on. Both continuations are returned."""
+    """Saves under one layout and goes on; loads under another and goes on. Returns both continuations."""
     results: dict[tuple[str, str], dict[str, Any]] = {}
     for saver, loader in pairs:
         reference = torch.load(root / f"{saver.policy}.pt", weights_only=False)
         directory = root / f"checkpoint-{saver.name}-{loader.name}"
         results[saver.name, loader.name] = {
-            "uninterrupted": _train(saver, root, rank, reference, save_to=directory),
-            "resumed": _train(loader, root, rank, reference, load_from=directory),
+            "uninterrupted": _train(saver, rank, scratch, root, reference, save_to=directory),
+            "resumed": _train(loader, rank, scratch, root, reference, load_from=directory),
         }
     return results
 
 
 def _train(
     case: Case,
-    root: Path,
     rank: int,
+    scratch: Path,
+    root: Path,
     reference: dict[str, Any],
     save_to: Path | None = None,
     load_from: Path | None = None,
 ) -> dict[str, Any]:
-    actor = build(case, root, rank)
+    actor = build(case, rank, scratch, root)
     batch = packed(reference, dp=case.dp, tokens=case.tokens, multiple=case.tp)
     if load_from is not None:
         actor.load_checkpoint(load_from)

@@ -19,7 +19,7 @@ def test_resumed_run_equals_the_uninterrupted_one(
     assert len(expected) == len(found) == 3
     for before, after in zip(expected, found, strict=True):
         assert after["loss"] == pytest.approx(before["loss"], abs=tolerance, rel=0)
-        assert after["grad_norm"] == pytest.approx(before["grad_norm"], abs=tolerance, rel=0)
+        assert after["grad_norm"] == pytest.approx(before["grad_norm"], abs=3 * tolerance, rel=0)
     expected_logp, found_logp = (
         {index: logp for run in runs for index, logp in run[which]["logprobs"].items()}
         for which in ("uninterrupted", "resumed")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -45,11 +46,7 @@ def plan_blocks(cu_seqlens: Sequence[int], device: torch.device) -> list[Block]:
     Args:
         cu_seqlens: [S + 1] Start of each sequence in the packed tokens, and the end of the last.
     """
-    spans = [
-        (start, end - start)
-        for start, end in zip(cu_seqlens[:-1], cu_seqlens[1:], strict=True)
-        if end > start
-    ]
+    spans = [(start, end - start) for start, end in pairwise(cu_seqlens) if end > start]
     spans.sort(key=lambda span: -span[1])
     groups: list[list[tuple[int, int]]] = []
     used = 0

@@ -1,9 +1,9 @@
 """Sends megatron-core's hard-coded ``torch.cuda`` calls to the CPU.
 
-Megatron asks for ``torch.cuda.current_device()`` and ``device="cuda"`` in some thirty places, also on gloo. Here
-the *name* ``torch`` inside ``megatron.*`` modules, those loaded already and those still to come, is replaced by a
-view of torch whose ``cuda`` is the CPU. The real ``torch`` is left alone but for ``Tensor.cuda()`` and
-``Module.cuda()``, which become the identity. With CUDA present nothing happens at all.
+Megatron asks for ``torch.cuda.current_device()`` and ``device="cuda"`` in some thirty places, also on gloo.
+Here the *name* ``torch`` inside ``megatron.*`` modules, those loaded already and those still to come, is
+replaced by a view of torch whose ``cuda`` is the CPU. The real ``torch`` is left alone but for
+``Tensor.cuda()`` and ``Module.cuda()``, which become the identity. With CUDA present nothing happens at all.
 """
 
 from __future__ import annotations
@@ -143,7 +143,7 @@ class _MegatronFinder(importlib.abc.MetaPathFinder):
 
 
 def _patch_type_checks() -> None:
-    """Some optimizer code compares ``tensor.type()`` with CUDA type names, and reads the generator's CUDA state."""
+    """Some optimizer code compares ``tensor.type()`` with CUDA names, or wants the CUDA generator."""
     from megatron.core.optimizer import clip_grads, distrib_optimizer, optimizer
     from megatron.core.tensor_parallel import random
 

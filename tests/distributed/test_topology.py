@@ -1,0 +1,54 @@
+"""A layout that the model cannot be cut into is refused before any process starts."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from random_policies import config
+from test_hf_mapping import HF_CONFIG
+
+from megatron_ztrl.trainer.topology import check_topology, resolve_checkpoint
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    (tmp_path / "config.json").write_text(json.dumps(HF_CONFIG))
+    return tmp_path
+
+
+def test_fitting_layout_passes(checkpoint: Path) -> None:
+    check_topology(config(checkpoint, tp=2, pp=4, dp=3, sp=True))
+
+
+@pytest.mark.parametrize(
+    ("layout", "message"),
+    [
+        ({"tp": 3}, r"actor.tensor_parallel_size: 3 does not divide the 4 attention heads"),
+        ({"tp": 4}, r"actor.tensor_parallel_size: 4 does not divide the 2 key-value groups"),
+        ({"pp": 3}, r"actor.pipeline_parallel_size: 3 pipeline stages .* 4 layers"),
+        ({"pp": 8}, r"actor.pipeline_parallel_size: 8 pipeline stages .* 4 layers"),
+        ({"dp": 0}, r"actor.data_parallel_size: must be at least 1"),
+        ({"sp": True}, r"actor.sequence_parallel: needs actor.tensor_parallel_size > 1"),
+    ],
+)
+def test_misfit_names_the_config_path(checkpoint: Path, layout: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        check_topology(config(checkpoint, **layout))
+
+
+def test_missing_directory_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"model.path: .*nowhere is not a directory"):
+        resolve_checkpoint(str(tmp_path / "nowhere"))
+
+
+def test_directory_without_config_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"model.path: cannot read .*config.json"):
+        check_topology(config(tmp_path))
+
+
+def test_hub_id_without_network_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(ValueError, match=r"no directory nobody/nothing, and no such checkpoint on the hub"):
+        resolve_checkpoint("nobody/nothing")
