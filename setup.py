@@ -43,6 +43,8 @@ setup(
     package_dir={"megatron_ztrl": "megatron_ztrl", "ztrl_sandbox": "sandbox/ztrl_sandbox"},
     package_data={
         "megatron_ztrl": ["py.typed"],
+        # Not packages of ours: they go on the path of a CPU engine, in place of what has no CPU build.
+        "megatron_ztrl.engines.cpu_compat": ["standins/**/*"],
         "megatron_ztrl.observability.report": ["templates/*"],
         "ztrl_sandbox": ["py.typed"],
     },

@@ -16,7 +16,12 @@ from rich.table import Table
 from megatron_ztrl.cli import main as ztrl
 
 CONFIG = Path(__file__).parent / "config.yaml"
-CONTROL = ("rollout.env_iterations=0", "eval.env_iterations=[0]", "checkpoint.export_hf=false")
+CONTROL = (
+    "rollout.env_iterations=0",
+    "eval.env_iterations=[0]",
+    "eval.interval_env_iterations=[]",
+    "checkpoint.export_hf=false",
+)
 """The same run without the tool."""
 
 

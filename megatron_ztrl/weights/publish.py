@@ -34,6 +34,9 @@ from megatron_ztrl.types import TensorSlice
 from megatron_ztrl.weights.reshard import Transfer, plan
 from megatron_ztrl.weights.verify import PublishError, canary_tokens, check_canary
 
+MAX_LOGPROB_GAP = {"float32": 1e-4, "bfloat16": 0.1}
+"""Nats. What two implementations of one policy may differ by on the canary, where the config does not say."""
+
 
 class ActorWorld(Protocol):
     """What publishing needs of the trainer; every call reaches all ranks."""
@@ -270,7 +273,7 @@ class WeightPublisher:
             self._actor.canary_logprobs(self._canary),
             *(engine.prompt_logprobs(self._canary) for engine in self._engines),
         )
-        max_gap = self._config.publish.max_logprob_gap
+        max_gap = self._config.publish.max_logprob_gap or MAX_LOGPROB_GAP[self._config.model.dtype]
         return max(
             check_canary(trainer, logprobs, self._canary, max_gap=max_gap, version=version, engine=engine.url)
             for engine, logprobs in zip(self._engines, served, strict=True)
