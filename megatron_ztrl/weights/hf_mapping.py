@@ -1,7 +1,7 @@
 """How the parameters of one Megatron rank correspond to Hugging Face tensors: one table for every direction.
 
-The loader, the HF export and the weight publisher all read the list of :class:`~megatron_ztrl.types.TensorSlice`
-that :func:`megatron_slices` makes. It is arithmetic on shapes: no tensor, no Megatron, no process group, so any
+The loader, the HF export and the weight publisher all read the list of ``TensorSlice`` that
+:func:`megatron_slices` makes. It is arithmetic on shapes: no tensor, no Megatron, no process group, so any
 process can work out what any rank holds.
 
 To add an architecture with the Llama block layout, add a row to ``ARCHITECTURES``. A block that has other
@@ -37,7 +37,7 @@ LAYER_TABLE: tuple[tuple[str, Rule, tuple[str, ...]], ...] = (
     ("mlp.linear_fc1.weight", "gated", ("mlp.gate_proj.weight", "mlp.up_proj.weight")),
     ("mlp.linear_fc2.weight", "columns", ("mlp.down_proj.weight",)),
 )
-"""Parameter of one Megatron layer (local layer spec), how tensor parallelism cuts it, the HF tensors inside it."""
+"""Parameter of a Megatron layer (local spec), how tensor parallelism cuts it, the HF tensors inside it."""
 
 TE_NAMES = {
     "input_layernorm.weight": "self_attention.linear_qkv.layer_norm_weight",
@@ -169,8 +169,8 @@ def megatron_slices(
 ) -> list[TensorSlice]:
     """Everything that one global rank holds, in the order of its parameters.
 
-    ``TensorSlice.param`` is the name in ``named_parameters()`` of the unwrapped model, after ``"<chunk>."`` when a
-    stage has several chunks. Rows that pad the vocabulary are in no slice.
+    ``TensorSlice.param`` is the name in ``named_parameters()`` of the unwrapped model, after ``"<chunk>."``
+    when a stage has several chunks. Rows that pad the vocabulary are in no slice.
     """
     place = layout.place(rank)
     slices: list[TensorSlice] = []
@@ -219,7 +219,7 @@ def hf_tensor_shapes(architecture: Architecture) -> dict[str, tuple[int, ...]]:
     }
     shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (a.vocab_size, a.hidden_size)}
     for layer in range(a.num_layers):
-        for param, _, tensors in _layer_rows(a):
+        for _, _, tensors in _layer_rows(a):
             shapes.update({f"model.layers.{layer}.{name}": block[name] for name in tensors})
     shapes["model.norm.weight"] = (a.hidden_size,)
     if not a.tied_embeddings:
