@@ -190,7 +190,8 @@ def _server_args(config: Config, index: int, device: str) -> dict[str, Any]:
         "model_path": config.model.path,
         "dtype": config.model.dtype,
         "tp_size": config.engine.tensor_parallel_size,
-        "max_running_requests": config.engine.max_running_requests,
+        # One more than the rollouts take: the canary of a publish must not wait for one of them to end.
+        "max_running_requests": config.engine.max_running_requests + 1,
         "random_seed": config.run.seed + index,  # siblings on two engines must not sample alike
         "custom_weight_loader": [WEIGHT_LOADER],
         "weight_version": "0",

@@ -20,7 +20,8 @@ def ray_cluster() -> Iterator[None]:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     # A local cluster would write a token under the home directory and turn authentication on for later ones.
     os.environ.setdefault("RAY_AUTH_MODE", "disabled")
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    # Ray would run its workers, and so the ranks and the engines, at niceness 15.
+    os.environ.setdefault("RAY_worker_niceness", "0")
     import ray
 
     if "RAY_ADDRESS" in os.environ:

@@ -15,11 +15,12 @@ import pytest
 REPOSITORY = Path(__file__).parents[2]
 QUICKSTART = REPOSITORY / "examples" / "quickstart" / "config.yaml"
 SMALL = (
-    "data.eval=[{name: held_out, path: data/eval.jsonl, limit: 16}]",
+    "data.eval.0.limit=16",
     "rollout.groups_per_step=4",
     "rollout.group_size=4",
     "eval.interval_steps=100",
     "eval.env_iterations=[2]",
+    "eval.interval_env_iterations=[]",
     "logging.tensorboard=false",
 )
 
