@@ -18,7 +18,7 @@ NOT_SAMPLED = -1
 class FinishReason(enum.StrEnum):
     """Why one engine call ended."""
 
-    STOP = "stop"  # a stop string, a stop token or end-of-sequence
+    STOP = "stop"  # a stop pattern or end-of-sequence
     LENGTH = "length"  # the token budget of the call
     ABORT = "abort"  # interrupted by us; the tokens so far are valid
 
@@ -76,12 +76,12 @@ class Completion:
     """What one engine call returned."""
 
     token_ids: list[int]
-    """[R] Includes the tokens of the stop string and end-of-sequence."""
+    """[R] Includes the tokens of the stop pattern and end-of-sequence."""
     logprobs: list[float]
     """[R]"""
     finish_reason: FinishReason
     matched_stop: str | int | None
-    """The stop string or stop token id that ended the call."""
+    """The stop pattern, or the id of the end-of-sequence token, that ended the call."""
     version_spans: list[VersionSpan]
     """Cover ``[0, R)`` without gaps."""
     cached_tokens: int

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Any, Literal, Self
@@ -54,7 +53,7 @@ class EngineClient:
         input_ids: Sequence[int],
         *,
         max_new_tokens: int,
-        stop: Sequence[str] = (),
+        stop_patterns: Sequence[str] = (),
         temperature: float,
         top_p: float = 1.0,
         request_id: str,
@@ -62,33 +61,34 @@ class EngineClient:
     ) -> Completion:
         """Sample one continuation.
 
-        A stop string ends the call with the token that completes it. That token is kept whole, so when it
-        also holds characters past the stop string (a newline after ````` ``` `````) those stay; no token
-        after it is returned. Stop strings are found however the model spells them, token by token:
-        they are sent as regular expressions, because SGLang looks for a plain stop string only in the last
-        ``n + 1`` tokens, ``n`` being the length of its *canonical* tokenization, and misses any longer
-        spelling. A stop string that begins in ``input_ids`` is not seen.
+        A stop pattern ends the call with the token that completes a match. That token is kept whole, so when
+        it also holds characters past the match those stay; no token after it is returned. Patterns match
+        however the model spells the text, token by token, which SGLang's plain stop strings do not: it looks
+        for those only in the last ``n + 1`` tokens, ``n`` being the length of the *canonical* tokenization,
+        and misses any longer spelling. A match that begins in ``input_ids`` is not seen.
 
         Args:
             input_ids: [P]
             max_new_tokens: the most tokens to sample.
-            stop: ASCII strings.
+            stop_patterns: ASCII regular expressions of bounded length.
             temperature: 0 is greedy. Log-probs are after temperature.
             top_p: nucleus; log-probs are of the whole distribution.
             request_id: unique; ``abort`` takes it.
             seed: fixed sampling, on a server started with ``enable_deterministic_inference``.
 
         Returns:
-            The tokens, up to and including the one that completed the stop string or ended the sequence.
+            The tokens, up to and including the one that completed a stop pattern or ended the sequence.
         """
         parameters: dict[str, Any] = {
             "max_new_tokens": max_new_tokens,
             "temperature": temperature,
             "top_p": top_p,
         }
-        patterns = {_pattern(text): text for text in stop}
-        if patterns:
-            parameters["stop_regex"] = list(patterns)
+        for pattern in stop_patterns:
+            if not pattern.isascii():  # SGLang counts one token for a character when it bounds the search
+                raise ValueError(f"stop pattern {pattern!r} is not ASCII")
+        if stop_patterns:
+            parameters["stop_regex"] = list(stop_patterns)
         if seed is not None:
             parameters["sampling_seed"] = seed
         reply = await self._post(
@@ -101,7 +101,7 @@ class EngineClient:
                 "logprob_start_len": -1,
             },
         )
-        return _completion(reply, patterns)
+        return _completion(reply)
 
     async def prompt_logprobs(self, token_ids: Sequence[int]) -> list[float]:
         """Return the log-prob of every token after the first, [L - 1], at temperature 1."""
@@ -178,24 +178,14 @@ class EngineClient:
         return orjson.loads(content) if content[:1] in (b"{", b"[") else None
 
 
-def _pattern(stop: str) -> str:
-    """A regular expression that matches ``stop`` only."""
-    if not stop.isascii():  # SGLang counts one token for a character when it bounds the search
-        raise ValueError(f"stop string {stop!r} is not ASCII")
-    return re.escape(stop)
-
-
-def _completion(reply: Mapping[str, Any], patterns: Mapping[str, str]) -> Completion:
+def _completion(reply: Mapping[str, Any]) -> Completion:
     meta = reply["meta_info"]
     finish = meta["finish_reason"]
-    matched = finish.get("matched")
-    if isinstance(matched, str):
-        matched = patterns[matched]
     return Completion(
         token_ids=reply["output_ids"],
         logprobs=[entry[0] for entry in meta.get("output_token_logprobs", [])],
         finish_reason=FinishReason(finish["type"]),
-        matched_stop=matched,
+        matched_stop=finish.get("matched"),
         version_spans=[
             VersionSpan(version=int(span["version"]), start=span["start"], end=span["end"])
             for span in meta.get("weight_versions") or []

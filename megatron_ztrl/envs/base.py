@@ -10,7 +10,7 @@ from megatron_ztrl.types import ExecutionResult
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Reaction:
-    """An environment's answer to a stop. The default one just lets generation go on."""
+    """An environment's answer to a stop: the end of the rollout, or text to go on with."""
 
     finished: bool = False
     reply: str | None = None
@@ -20,17 +20,24 @@ class Reaction:
 
 
 class Environment(Protocol):
-    """One rollout's environment. Stateful: make a new one for every rollout."""
+    """One rollout's environment. Stateful: make a new one for every rollout.
 
-    def stop_strings(self) -> tuple[str, ...]:
-        """The strings at which the engine must stop next."""
+    ``turn_text`` is what the policy wrote since the last reply.
+    """
+
+    def stop_patterns(self) -> tuple[str, ...]:
+        """ASCII regular expressions at which the engine returns. Hints: `find_stop` decides, and may disagree."""
         ...
 
-    async def react(self, response_text: str, matched: str | None) -> Reaction:
-        """Called when generation stopped.
+    def find_stop(self, turn_text: str) -> int | None:
+        """How much of the turn to keep, in characters, if the policy has to be stopped; None lets it go on."""
+        ...
+
+    async def react(self, turn_text: str, *, ended: bool) -> Reaction:
+        """Called at a stop.
 
         Args:
-            response_text: The whole response so far, tool replies included, ending in the stop string.
-            matched: The stop string, or None for end-of-sequence.
+            turn_text: Cut where `find_stop` said; its last token may hold a few characters more.
+            ended: The policy ended its response by itself.
         """
         ...

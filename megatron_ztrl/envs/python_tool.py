@@ -1,11 +1,17 @@
 """The Python tool: the tool-interrupt state machine of ZeroTIR (arXiv:2505.07773).
 
-OUTSIDE --"```python"--> INSIDE --"```"--> run the block, append its output --> OUTSIDE
-any other stop ends the rollout; after N executions the code stops are no longer set
+    OUTSIDE --"```python"--> INSIDE --"```"--> run the block, append its output --> OUTSIDE
+    a stop string of the template, outside a block, ends the rollout
+    after N executions code is text like any other
+
+Both fences are found in the text of the turn, so one engine call writes a whole block. The engine is asked to
+return at "```" plus one character that is not the "p" of an opening fence; what was sampled after the closing
+fence is dropped, token by token, and has no effect on what is kept.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Awaitable, Callable
 
 from megatron_ztrl.config.schema import ToolConfig
@@ -14,6 +20,7 @@ from megatron_ztrl.types import ExecutionResult, ExecutionStatus
 
 OPENING_FENCE = "```python"
 CLOSING_FENCE = "```"
+_AFTER_CLOSING_FENCE = "```[^p]"
 TOO_LONG_MESSAGE = "Output too long: please check your code."
 
 Execute = Callable[[str], Awaitable[ExecutionResult]]
@@ -45,24 +52,26 @@ class PythonTool:
         self._remaining = env_iterations
         self._template_stop = template_stop
         self._config = config
-        self._inside = False
 
-    def stop_strings(self) -> tuple[str, ...]:
-        if self._inside:
-            return (CLOSING_FENCE,)
-        if self._remaining > 0:
-            return (*self._template_stop, OPENING_FENCE)
-        return self._template_stop
+    def stop_patterns(self) -> tuple[str, ...]:
+        template = tuple(re.escape(string) for string in self._template_stop)
+        return (*template, _AFTER_CLOSING_FENCE) if self._remaining > 0 else template
 
-    async def react(self, response_text: str, matched: str | None) -> Reaction:
-        if not self._inside and matched == OPENING_FENCE:
-            self._inside = True
-            return Reaction()
-        if not self._inside or matched != CLOSING_FENCE:
+    def find_stop(self, turn_text: str) -> int | None:
+        outside, block = self._split(turn_text)
+        ends = [outside.find(string) + len(string) for string in self._template_stop if string in outside]
+        if ends:
+            return min(ends)
+        if block is None or CLOSING_FENCE not in block:
+            return None
+        return len(outside) + len(OPENING_FENCE) + block.index(CLOSING_FENCE) + len(CLOSING_FENCE)
+
+    async def react(self, turn_text: str, *, ended: bool) -> Reaction:
+        _, block = self._split(turn_text)
+        if ended or block is None or CLOSING_FENCE not in block:
             return Reaction(finished=True)
-        self._inside = False
         self._remaining -= 1
-        code, after_fence = last_block(response_text)
+        code, after_fence = code_of(block)
         result = await self._execute(code)
         if result.status.is_infrastructure:
             return Reaction(finished=True, code=code, result=result)
@@ -71,21 +80,26 @@ class PythonTool:
         reply = f"{lead}```output\n{self._visible_output(result)}\n```\n"
         return Reaction(reply=reply, code=code, result=result)
 
+    def _split(self, turn_text: str) -> tuple[str, str | None]:
+        """The text before the first block that may run, and what follows its opening fence."""
+        if self._remaining == 0:
+            return turn_text, None
+        outside, opening, block = turn_text.partition(OPENING_FENCE)
+        return outside, block if opening else None
+
     def _visible_output(self, result: ExecutionResult) -> str:
         text = format_result(result, self._config.run_timeout_seconds)
         return text if self._count_tokens(text) <= self._config.max_output_tokens else TOO_LONG_MESSAGE
 
 
-def last_block(response_text: str) -> tuple[str, str]:
-    """The code of the block that was just closed, and what stands after its fence.
+def code_of(block: str) -> tuple[str, str]:
+    """The code of a closed block, and what stands after its fence.
 
-    Inside a block there is no fence, so the last opening fence is the one that belongs to it. The rest of the
-    opening line ("```python3", "```python  ") is not code.
+    Args:
+        block: What follows "```python". The rest of that line ("3", spaces) is not code.
     """
-    _, opening, block = response_text.rpartition(OPENING_FENCE)
-    assert opening, "a block can only close after it was opened"
-    block, _, after_fence = block.partition(CLOSING_FENCE)
-    _, _, code = block.partition("\n")
+    inside, _, after_fence = block.partition(CLOSING_FENCE)
+    _, _, code = inside.partition("\n")
     return code, after_fence
 
 

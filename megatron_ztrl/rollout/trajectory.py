@@ -33,7 +33,7 @@ class Engine(Protocol):
         input_ids: Sequence[int],
         *,
         max_new_tokens: int,
-        stop: Sequence[str],
+        stop_patterns: Sequence[str],
         temperature: float,
         top_p: float,
         request_id: str,
@@ -67,13 +67,12 @@ async def run_rollout(
     )
     turn_start = 0
     while rollout.stop_reason is None:
-        stop = environment.stop_strings()
-        matched = await _generate(rollout, engine, tokenizer, stop, sampling)
+        ended = await _generate(rollout, turn_start, engine, tokenizer, environment, sampling)
         if rollout.stop_reason is not None:
             break
         reply_start = len(rollout.token_ids)
         started = time.monotonic()
-        reaction = await environment.react(tokenizer.decode(rollout.token_ids), matched)
+        reaction = await environment.react(tokenizer.decode(rollout.token_ids[turn_start:]), ended=ended)
         if reaction.result is not None:
             rollout.tool_seconds += time.monotonic() - started
             if reaction.reply is not None:
@@ -100,39 +99,45 @@ async def run_rollout(
 
 
 async def _generate(
-    rollout: Rollout, engine: Engine, tokenizer: Tokenizer, stop: Sequence[str], sampling: Sampling
-) -> str | None:
-    """Generates up to the next stop; an interrupted call is resumed at its last token.
+    rollout: Rollout,
+    turn_start: int,
+    engine: Engine,
+    tokenizer: Tokenizer,
+    environment: Environment,
+    sampling: Sampling,
+) -> bool:
+    """Generates up to the next stop; a call that was interrupted is resumed at its last token.
 
     Returns:
-        The stop string that matched, or None (end-of-sequence, or ``rollout.stop_reason`` was set).
+        Whether the policy ended its response by itself. Meaningless when ``rollout.stop_reason`` was set.
     """
-    segment_start = len(rollout.token_ids)
     while True:
         budget = sampling.max_response_tokens - len(rollout.token_ids)
         if budget <= 0:
             rollout.stop_reason = StopReason.LENGTH
-            return None
+            return False
         started = time.monotonic()
         completion = await engine.generate(
             [*rollout.prompt_ids, *rollout.token_ids],
             max_new_tokens=budget,
-            stop=stop,
+            stop_patterns=environment.stop_patterns(),
             temperature=sampling.temperature,
             top_p=sampling.top_p,
             request_id=f"{rollout.rollout_id}-{uuid.uuid4().hex}",
         )
         rollout.generate_seconds += time.monotonic() - started
         _append_model_tokens(rollout, completion)
-        # The engine matches stop strings within one call only; a resumed call may complete one begun before.
-        matched = _first_stop(rollout, segment_start, tokenizer, stop)
-        if matched is not None:
-            return matched
-        if completion.finish_reason is FinishReason.STOP:
-            return None
+        # The engine looks at one call only; a stop may have begun in the call before an interruption.
+        turn_text = tokenizer.decode(rollout.token_ids[turn_start:])
+        keep_characters = environment.find_stop(turn_text)
+        if keep_characters is not None:
+            _cut(rollout, turn_start, turn_text[:keep_characters], tokenizer)
+            return False
         if completion.finish_reason is FinishReason.LENGTH:
             rollout.stop_reason = StopReason.LENGTH
-            return None
+            return False
+        if completion.finish_reason is FinishReason.STOP and isinstance(completion.matched_stop, int):
+            return True  # end of sequence; a pattern that matched is a string
 
 
 def _append_model_tokens(rollout: Rollout, completion: Completion) -> None:
@@ -158,24 +163,15 @@ def _append_reply(rollout: Rollout, reply_ids: list[int], sampling: Sampling) ->
     rollout.weight_versions.extend([NOT_SAMPLED] * len(reply_ids))
 
 
-def _first_stop(
-    rollout: Rollout, segment_start: int, tokenizer: Tokenizer, stop: Sequence[str]
-) -> str | None:
-    """The first stop string in the segment. Tokens after the one that completes it are dropped, exactly."""
-    segment_ids = rollout.token_ids[segment_start:]
-    text = tokenizer.decode(segment_ids)
-    found = [(text.find(string) + len(string), string) for string in stop if string in text]
-    if not found:
-        return None
-    _, matched = min(found)
-    low, high = 1, len(segment_ids)  # the fewest tokens whose text holds the stop string
+def _cut(rollout: Rollout, turn_start: int, keep_text: str, tokenizer: Tokenizer) -> None:
+    """Drops the tokens of the turn after the one that completes ``keep_text``, exactly."""
+    turn_ids = rollout.token_ids[turn_start:]
+    low, high = 1, len(turn_ids)  # the fewest tokens that spell it
     while low < high:
         middle = (low + high) // 2
-        if matched in tokenizer.decode(segment_ids[:middle]):
+        if tokenizer.decode(turn_ids[:middle]).startswith(keep_text):
             high = middle
         else:
             low = middle + 1
-    keep = segment_start + low
     for per_token in (rollout.token_ids, rollout.logprobs, rollout.loss_mask, rollout.weight_versions):
-        del per_token[keep:]
-    return matched
+        del per_token[turn_start + low :]

@@ -122,6 +122,10 @@ class BasicIsolation(Isolation):
         shutil.rmtree(slot.scratch_dir)
 
 
+_SCRATCH = "/snippet"
+"""Where a snippet of the namespace tier may write. No machine keeps its interpreters under this name."""
+
+
 class NamespaceIsolation(Isolation):
     """Needs root with CAP_SYS_ADMIN: mount, pid, network, IPC and UTS namespaces, and a uid per slot.
 
@@ -193,13 +197,15 @@ class NamespaceIsolation(Isolation):
         limits = slot.limits
         options = f"size={limits.scratch_bytes},nr_inodes={limits.scratch_inodes},mode=700"
         options += f",uid={slot.uid},gid={slot.uid}"
-        linux.mount("tmpfs", "/scratch", "tmpfs", linux.MS_NOSUID | linux.MS_NODEV, options)
+        linux.mount("tmpfs", _SCRATCH, "tmpfs", linux.MS_NOSUID | linux.MS_NODEV, options)
         linux.mount("proc", "/proc", "proc", linux.MS_NOSUID | linux.MS_NODEV | linux.MS_NOEXEC)
         _drop_privileges(slot.uid, limits)
         linux.prctl(linux.PR_SET_DUMPABLE, 1)  # changing uid cleared it, and with it access to /proc/self
         for name in ("work", "tmp", "shm"):
-            os.mkdir(f"/scratch/{name}")
-        _use_scratch(Path("/scratch/work"), Path("/tmp"))
+            os.mkdir(f"{_SCRATCH}/{name}")
+        _use_scratch(
+            Path(_SCRATCH, "work"), Path("/tmp") if os.path.islink("/tmp") else Path(_SCRATCH, "tmp")
+        )
 
     def end(self, slot: Slot) -> None:
         os.kill(self._init_pid, signal.SIGKILL)  # the kernel kills the rest of the pid namespace at once
@@ -227,20 +233,21 @@ def _enter_minimal_root() -> None:
             _bind_read_only(source, root)
     for path in _without_nested([Path("/usr"), Path(sys.prefix).resolve(), Path(sys.base_prefix).resolve()]):
         _bind_read_only(path, root)
-    (root / "dev").mkdir()
+    (root / "dev").mkdir(exist_ok=True)
     for name in ("null", "zero", "full", "random", "urandom"):
         (root / "dev" / name).touch()
         linux.mount(f"/dev/{name}", str(root / "dev" / name), None, linux.MS_BIND)
-    for name in ("proc", "scratch", "etc"):
-        (root / name).mkdir()
+    for name in ("proc", "etc", _SCRATCH.removeprefix("/")):
+        (root / name).mkdir(exist_ok=True)
     linux.mount("/proc", str(root / "proc"), None, linux.MS_BIND | linux.MS_REC)
     uids = range(FIRST_SNIPPET_UID, FIRST_SNIPPET_UID + 256)
-    users = [f"snippet{uid}:x:{uid}:{uid}::/scratch/work:/bin/sh\n" for uid in uids]
+    users = [f"snippet{uid}:x:{uid}:{uid}::{_SCRATCH}/work:/bin/sh\n" for uid in uids]
     (root / "etc" / "passwd").write_text("".join(users))
     if Path("/etc/ld.so.cache").exists():
         shutil.copyfile("/etc/ld.so.cache", root / "etc" / "ld.so.cache")
-    (root / "tmp").symlink_to("scratch/tmp")
-    (root / "dev" / "shm").symlink_to("../scratch/shm")
+    if not (root / "tmp").exists():  # it does when the interpreter lies in there; then TMPDIR names another
+        (root / "tmp").symlink_to(f"{_SCRATCH}/tmp")
+    (root / "dev" / "shm").symlink_to(f"{_SCRATCH}/shm")
     linux.mount("none", str(root), None, linux.MS_REMOUNT | linux.MS_BIND | linux.MS_RDONLY | linux.MS_NOSUID)
     os.chdir(root)
     linux.mount(".", "/", None, linux.MS_MOVE)

@@ -3,6 +3,7 @@ implementation.
 """
 
 import asyncio
+import re
 import socket
 import subprocess
 import sys
@@ -62,17 +63,21 @@ async def test_prompt_logprobs_equal_those_of_hugging_face(client, model):
     )
 
 
-async def test_the_token_that_completes_a_stop_string_is_kept_whole_and_is_the_last(client, model):
+async def test_the_token_that_completes_a_stop_pattern_is_kept_whole_and_is_the_last(client, model):
     tokenizer = byte_tokenizer()
     prompt, greedy, position = find_greedy_token(model, tokenizer, min_characters=2)
     piece = tokenizer.decode([greedy[position]])
     stop = piece[:1]  # complete one character into the token
     completion = await client.generate(
-        prompt, max_new_tokens=len(greedy), stop=[stop, "never"], temperature=0, request_id="mid-token"
+        prompt,
+        max_new_tokens=len(greedy),
+        stop_patterns=[re.escape(stop), "never"],
+        temperature=0,
+        request_id="mid-token",
     )
     assert completion.token_ids == greedy[: position + 1]
     assert completion.finish_reason is FinishReason.STOP
-    assert completion.matched_stop == stop
+    assert completion.matched_stop == re.escape(stop)
     assert len(completion.logprobs) == position + 1
 
 
@@ -83,7 +88,9 @@ async def test_the_token_budget_ends_a_call(client):
 
 async def test_an_aborted_request_returns_its_tokens_so_far_with_their_logprobs(client, model):
     task = asyncio.create_task(
-        client.generate(PROMPT, max_new_tokens=1000, temperature=0, request_id="long", stop=["never"])
+        client.generate(
+            PROMPT, max_new_tokens=1000, temperature=0, request_id="long", stop_patterns=["never"]
+        )
     )
     await client.generate([1, 2], max_new_tokens=20, temperature=0, request_id="meanwhile")
     await client.abort("long")
@@ -99,7 +106,7 @@ async def test_a_refused_request_raises_with_the_reason(client):
     with pytest.raises(EngineError, match=r"/generate: 400 .*context length"):
         await client.generate([1] * 2000, max_new_tokens=5, temperature=1.0, request_id="too-long")
     with pytest.raises(ValueError, match="not ASCII"):
-        await client.generate([1], max_new_tokens=5, stop=["→"], temperature=1.0, request_id="arrow")
+        await client.generate([1], max_new_tokens=5, stop_patterns=["→"], temperature=1.0, request_id="arrow")
 
 
 def test_a_taken_port_is_refused_before_anything_starts(run_directory):

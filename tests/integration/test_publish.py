@@ -90,7 +90,7 @@ async def test_a_stop_string_spelled_in_more_tokens_than_usual_still_ends_the_ca
     )  # "```" is one token of the tokenizer; here it comes as three
     await publisher.publish(30)
     completion = await client.generate(
-        [1], max_new_tokens=20, stop=["```"], temperature=0, request_id="spelled"
+        [1], max_new_tokens=20, stop_patterns=["```"], temperature=0, request_id="spelled"
     )
     assert len(completion.token_ids) == 3
     assert completion.matched_stop == "```"

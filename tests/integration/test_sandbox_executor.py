@@ -13,6 +13,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
+import venv
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -332,7 +333,7 @@ def test_the_namespaces_tier_hides_the_host(executor):
     code = f"""
 import os, socket
 print(os.getuid() != 0, sorted(p for p in os.listdir("/proc") if p.isdigit()))
-print(os.path.exists({__file__!r}), os.listdir("/scratch/work"))
+print(os.path.exists({__file__!r}), os.listdir("/snippet/work"))
 def attempt(action, *arguments):
     try:
         action(*arguments)
@@ -344,7 +345,7 @@ attempt(open, "/usr/x", "w")
 attempt(open, "/x", "w")
 attempt(os.kill, 1, 9)
 attempt(socket.create_connection, ("127.0.0.1", {port}), 1)
-attempt(os.mkdir, "/scratch/work/../../x")
+attempt(os.mkdir, "/snippet/work/../../x")
 attempt(os.setuid, 0)
 """
     lines = executor.execute(code)["stdout"].splitlines()
@@ -590,3 +591,21 @@ def test_the_command_line_runs_one_file(tmp_path):
     )
     assert json.loads(outcome.stdout)["stdout"] == "1024\n"
     assert outcome.returncode == 0
+
+
+def test_an_interpreter_that_lies_in_tmp_is_served_too(tmp_path):
+    """A checkout in /tmp, with its environment: the snippet's own /tmp must not hide it."""
+    venv.create(tmp_path / "venv", system_site_packages=True, symlinks=True)
+    snippet = tmp_path / "snippet.py"
+    snippet.write_text("import tempfile\nprint(tempfile.TemporaryFile().write(b'x'))")
+    path = os.pathsep.join([PACKAGE_ROOT, *sys.path])
+    finished = subprocess.run(
+        [tmp_path / "venv" / "bin" / "python", "-m", "ztrl_sandbox", "run", snippet, "--preload", "math"],
+        env={**os.environ, "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert finished.returncode == 0, finished.stderr
+    assert json.loads(finished.stdout)["stdout"] == "1\n"

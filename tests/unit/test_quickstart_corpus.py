@@ -63,7 +63,7 @@ def test_a_solution_with_python_reads_as_the_interaction_protocol_prescribes() -
 
 
 def test_the_replies_in_the_corpus_are_those_of_the_environment() -> None:
-    """Plays a document of the corpus through the tool, from stop string to stop string."""
+    """Plays a document of the corpus through the tool, from stop to stop."""
     ran: list[str] = []
 
     async def execute(code: str) -> ExecutionResult:
@@ -77,10 +77,10 @@ def test_the_replies_in_the_corpus_are_those_of_the_environment() -> None:
         tool = PythonTool(execute, len, env_iterations=2, template_stop=(), config=ToolConfig())
         text = ""
         while True:
-            found = [(response.find(stop, len(text)), stop) for stop in tool.stop_strings()]
-            position, matched = min((pair for pair in found if pair[0] >= 0), default=(-1, None))
-            text = response if matched is None else response[: position + len(matched)]
-            reaction = await tool.react(text, matched)
+            turn = response[len(text) :]
+            keep = tool.find_stop(turn)
+            text += turn[:keep]
+            reaction = await tool.react(turn[:keep], ended=keep is None)
             if reaction.finished:
                 return text
             text += reaction.reply or ""

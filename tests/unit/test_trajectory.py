@@ -40,12 +40,15 @@ class ScriptedEngine:
         self.completions = list(completions)
         self.calls = []
 
-    async def generate(self, input_ids, *, max_new_tokens, stop, temperature, top_p, request_id):
-        self.calls.append((list(input_ids), max_new_tokens, tuple(stop)))
+    async def generate(self, input_ids, *, max_new_tokens, stop_patterns, temperature, top_p, request_id):
+        self.calls.append((list(input_ids), max_new_tokens, tuple(stop_patterns)))
         return self.completions.pop(0)
 
 
-def completion(token_ids, *, finish=FinishReason.STOP, matched=None, version=0, spans=None):
+EOS, HINT = 0, "```[^p]"
+
+
+def completion(token_ids, *, finish=FinishReason.STOP, matched=HINT, version=0, spans=None):
     if isinstance(token_ids, str):
         token_ids = list(token_ids.encode())
     return Completion(
@@ -56,6 +59,10 @@ def completion(token_ids, *, finish=FinishReason.STOP, matched=None, version=0, 
         version_spans=spans or [VersionSpan(version=version, start=0, end=len(token_ids))],
         cached_tokens=0,
     )
+
+
+def last(token_ids, **kwargs):
+    return completion(token_ids, matched=EOS, **kwargs)
 
 
 async def rollout_of(completions, *, output="é4", status=ExecutionStatus.OK, max_response_tokens=200, n=2):
@@ -80,13 +87,7 @@ async def rollout_of(completions, *, output="é4", status=ExecutionStatus.OK, ma
 
 
 async def test_model_tokens_are_trained_and_reply_tokens_are_not():
-    rollout, engine = await rollout_of(
-        [
-            completion([257], matched="```python"),
-            completion("\nprint(2+2)\n```", matched="```"),
-            completion("4.", version=3),
-        ]
-    )
+    rollout, engine = await rollout_of([completion([257, *b"\nprint(2+2)\n```\n"]), last("4.", version=3)])
     reply = list("\n```output\né4\n```\n".encode())
     call = [257, *b"\nprint(2+2)\n```"]
     assert rollout.token_ids == call + reply + list(b"4.")
@@ -95,46 +96,44 @@ async def test_model_tokens_are_trained_and_reply_tokens_are_not():
     assert rollout.logprobs == [-0.5] * len(call) + [0.0] * len(reply) + [-0.5] * 2
     assert rollout.stop_reason is StopReason.STOP
     assert rollout.executed_calls == 1
-    first, last = rollout.turns
+    first, second = rollout.turns
     assert (first.start, first.tool_start, first.end) == (0, len(call), len(call) + len(reply))
-    assert (last.start, last.tool_start, last.end) == (first.end, first.end + 2, first.end + 2)
+    assert (second.start, second.tool_start, second.end) == (first.end, first.end + 2, first.end + 2)
     # Token in, token out: each call was given exactly the tokens so far.
-    assert [ids for ids, _, _ in engine.calls] == [
-        list(b"Q:"),
-        [*b"Q:", 257],
-        [*b"Q:", *call, *reply],
-    ]
+    assert [ids for ids, _, _ in engine.calls] == [list(b"Q:"), [*b"Q:", *call, *reply]]
 
 
-async def test_tokens_after_the_one_that_completes_a_stop_are_dropped_exactly():
+async def test_tokens_after_the_one_that_closes_the_block_are_dropped_exactly():
     rollout, _ = await rollout_of(
-        [
-            completion([*b"```py", 258, *b"ignored"], matched="```python"),
-            completion("(1)\n```", matched="```"),
-            completion("x"),
-        ],
-        output="1",
+        [completion([*b"```py", 258, *b"(1)\n```", *b"\nignored"]), last("x")], output="1"
     )
-    assert rollout.token_ids[:6] == [*b"```py", 258]  # the completing token stays whole
+    kept = [*b"```py", 258, *b"(1)\n```"]  # 258 ends the opening fence and begins the code: it stays whole
+    assert rollout.token_ids[: rollout.turns[0].tool_start] == kept
     assert rollout.turns[0].code == "print(1)\n"
 
 
 async def test_a_closing_fence_merged_with_the_next_line_is_kept_as_sampled():
-    rollout, _ = await rollout_of(
-        [
-            completion([257], matched="```python"),
-            completion([*b"\n1\n", 256], matched="```"),
-            completion("x"),
-        ],
-        output="1",
-    )
+    rollout, _ = await rollout_of([completion([257, *b"\n1\n", 256]), last("x")], output="1")
     assert rollout.text == "```python\n1\n```\n```output\n1\n```\nx"
+
+
+async def test_an_end_of_sequence_right_after_a_block_does_not_keep_it_from_running():
+    rollout, _ = await rollout_of([last([257, *b"\n1\n```", EOS]), last("x")], output="1")
+    assert rollout.executed_calls == 1
+    assert EOS not in rollout.token_ids
+
+
+async def test_a_hint_of_the_engine_that_means_nothing_lets_the_policy_go_on():
+    rollout, engine = await rollout_of([completion("```\n"), last("text\n```")])
+    assert rollout.text == "```\ntext\n```"
+    assert rollout.executed_calls == 0
+    assert engine.calls[1][0] == list(b"Q:```\n")
 
 
 async def test_an_interrupted_call_resumes_at_its_last_token_under_the_new_version():
     spans = [VersionSpan(version=1, start=0, end=2), VersionSpan(version=2, start=2, end=3)]
     rollout, engine = await rollout_of(
-        [completion("abc", finish=FinishReason.ABORT, spans=spans), completion("d", version=4)]
+        [completion("abc", finish=FinishReason.ABORT, spans=spans), last("d", version=4)]
     )
     assert rollout.text == "abcd"
     assert rollout.weight_versions == [1, 1, 2, 4]
@@ -143,51 +142,35 @@ async def test_an_interrupted_call_resumes_at_its_last_token_under_the_new_versi
     assert rollout.oldest_version == 1
 
 
-async def test_a_stop_string_split_by_an_interruption_is_still_seen():
+async def test_fences_split_by_interruptions_are_still_seen():
+    pieces = ["``", "`python\n", "1\n``", "`"]
     rollout, _ = await rollout_of(
-        [
-            completion("``", finish=FinishReason.ABORT),
-            completion("`python\n", finish=FinishReason.ABORT),
-            completion("1\n```", matched="```"),
-            completion("x"),
-        ],
-        output="1",
+        [*(completion(piece, finish=FinishReason.ABORT) for piece in pieces), last("x")], output="1"
     )
     assert rollout.executed_calls == 1
-    assert rollout.text.startswith("```python1")  # the newline after the completed stop was dropped
+    assert rollout.text == "```python\n1\n```\n```output\n1\n```\nx"
 
 
 async def test_the_budget_counts_model_and_tool_tokens():
     rollout, engine = await rollout_of(
-        [
-            completion([257], matched="```python"),
-            completion("\n1\n```", matched="```"),
-            completion("y" * 4, finish=FinishReason.LENGTH),
-        ],
+        [completion([257, *b"\n1\n```"]), completion("y" * 4, finish=FinishReason.LENGTH)],
         output="1",
         max_response_tokens=1 + 6 + len("\n```output\n1\n```\n") + 4,
     )
-    assert [budget for _, budget, _ in engine.calls] == [28, 27, 4]
+    assert [budget for _, budget, _ in engine.calls] == [28, 4]
     assert rollout.stop_reason is StopReason.LENGTH
     assert len(rollout.token_ids) == 28
 
 
 async def test_a_reply_that_does_not_fit_ends_the_rollout_without_it():
-    rollout, _ = await rollout_of(
-        [completion([257], matched="```python"), completion("\n1\n```", matched="```")],
-        output="1" * 50,
-        max_response_tokens=20,
-    )
+    rollout, _ = await rollout_of([completion([257, *b"\n1\n```"])], output="1" * 50, max_response_tokens=20)
     assert rollout.stop_reason is StopReason.LENGTH
     assert all(rollout.loss_mask)
     assert rollout.executed_calls == 1
 
 
 async def test_an_infrastructure_failure_marks_the_rollout_untrainable():
-    rollout, _ = await rollout_of(
-        [completion([257], matched="```python"), completion("\n1\n```", matched="```")],
-        status=ExecutionStatus.SANDBOX_ERROR,
-    )
+    rollout, _ = await rollout_of([completion([257, *b"\n1\n```"])], status=ExecutionStatus.SANDBOX_ERROR)
     assert rollout.stop_reason is StopReason.INFRASTRUCTURE
     assert not rollout.trainable
 
