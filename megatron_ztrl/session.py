@@ -177,7 +177,8 @@ class TrainingSession:
             metrics[names.LOSS_POLICY if key == "loss" else f"loss/{key}"] = fmean(
                 row[key] for row in statistics
             )
-        metrics[names.LOSS_LOGPROB_GAP] = max(logprob_gap(batch) for batch in batches)
+        if self.config.algorithm.old_logprobs == "trainer":  # else there is nothing to compare
+            metrics[names.LOSS_LOGPROB_GAP] = max(logprob_gap(batch) for batch in batches)
         metrics |= _times(clock, rollouts)
         seconds = clock.step_seconds()
         metrics[names.THROUGHPUT_TOKENS] = model_tokens(seen) / seconds

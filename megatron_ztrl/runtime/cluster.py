@@ -12,6 +12,8 @@ from typing import Any
 
 OBJECT_STORE_BYTES = 512 << 20
 """Of the embedded cluster: packed batches and log-probs, a few hundred KB each."""
+_ADDRESS_VARIABLE = "ZTRL_NODE_ADDRESS"
+"""Set, and inherited by every process of an embedded cluster: its servers listen on loopback only."""
 
 
 @contextlib.contextmanager
@@ -28,6 +30,8 @@ def ray_cluster() -> Iterator[None]:
         ray.init(log_to_driver=False, logging_level=logging.ERROR)
         directory = None
     else:
+        os.environ[_ADDRESS_VARIABLE] = "127.0.0.1"
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
         # Sockets live in it, and their paths may not exceed 107 bytes.
         directory = tempfile.mkdtemp(prefix="ztrl-ray-")
         ray.init(
@@ -36,7 +40,6 @@ def ray_cluster() -> Iterator[None]:
             logging_level=logging.ERROR,
             object_store_memory=OBJECT_STORE_BYTES,
             _temp_dir=directory,
-            _node_ip_address="127.0.0.1",
         )
     try:
         yield
@@ -54,10 +57,10 @@ def cluster_gpus() -> int:
 
 
 def node_address() -> str:
-    """Where the other nodes reach this one."""
+    """Where the other nodes reach this one; loopback when there are none."""
     import ray
 
-    return ray.util.get_node_ip_address()
+    return os.environ.get(_ADDRESS_VARIABLE) or ray.util.get_node_ip_address()
 
 
 async def user_facing(reference: Any) -> Any:

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -106,4 +107,19 @@ def test_ctrl_c_saves_and_a_resumed_asynchronous_run_keeps_its_staleness_bound(t
     assert [row["step"] for row in train] == list(range(1, last + 1))
     assert max(row["train/staleness_max"] for row in train) == 1
     assert all(math.isfinite(row["loss/policy"]) for row in train)
+    assert_nothing_left(marker)
+
+
+def test_a_taken_port_is_one_clear_line_and_leaves_nothing(tmp_path, marker):
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        process = ztrl(
+            "train", str(QUICKSTART), f"run.directory={tmp_path / 'run'}", f"engine.port={port}", *SMALL
+        )
+        output, _ = process.communicate(timeout=120)
+    assert process.returncode == 2, output
+    assert f"error: engine.port: 127.0.0.1:{port} is taken" in output
+    assert "Traceback" not in output
     assert_nothing_left(marker)
