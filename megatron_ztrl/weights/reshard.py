@@ -1,6 +1,4 @@
-"""Who sends which slice to whom: the intersection of what trainer ranks hold with what engine ranks hold.
-Pure.
-"""
+"""Who sends which slice to whom: the intersection of what the trainer's and the engine's ranks hold. Pure."""
 
 from __future__ import annotations
 
@@ -13,9 +11,7 @@ from megatron_ztrl.types import TensorSlice
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Transfer:
-    """Send ``source_param[source_start : + length]`` to ``target_param[target_start : + length]``, along
-    ``dim``.
-    """
+    """Sends ``length`` rows of ``source_param`` to rows of ``target_param``, along ``dim``."""
 
     source: int
     """Index among the senders."""
@@ -47,8 +43,7 @@ def plan(senders: Sequence[list[TensorSlice]], receivers: Sequence[list[TensorSl
 
     Raises:
         ValueError: names the tensor that nobody holds completely, that a receiver lists twice, or that the
-        two ends
-            cut along different dimensions.
+            two ends cut along different dimensions.
     """
     holders: dict[str, list[tuple[int, TensorSlice]]] = {}
     for source, slices in enumerate(senders):

@@ -29,6 +29,7 @@ TWO_RANK_CASES = [
     Case(name="pp2", policy="qwen2", pp=2),
     Case(name="pp2-interleaved", policy="qwen2", pp=2, transformer=INTERLEAVED),
     Case(name="dp2", policy="qwen2", dp=2),
+    Case(name="dp2-all-reduce", policy="qwen2", dp=2, ddp={"use_distributed_optimizer": False}),
     Case(name="dp2-overlap", policy="qwen2", dp=2, ddp=OVERLAP),
     Case(name="tied-tp2-sp", policy="qwen2-tied", tp=2, sp=True),
     Case(name="tied-pp2", policy="qwen2-tied", pp=2),

@@ -36,6 +36,11 @@ class Case:
     def world_size(self) -> int:
         return self.tp * self.pp * self.dp
 
+    @property
+    def has_whole_gradients(self) -> bool:
+        """Whether each rank ends with the gradient of all it holds: the distributed optimizer scatters it."""
+        return self.dp == 1 or self.ddp.get("use_distributed_optimizer") is False
+
 
 def build(case: Case, rank: int, scratch: Path, root: Path) -> Any:
     """This rank's actor for a case. Ranks meet in a file of their own for every actor."""
@@ -78,9 +83,7 @@ def measure_parity(case: Case, rank: int, scratch: Path, root: Path) -> dict[str
     stats = []
     for step in range(STEPS):
         stats.append(actor.train_step(batch, step))
-        if (
-            step == 0 and case.dp == 1
-        ):  # with DP the distributed optimizer leaves each rank a part of the gradient
+        if step == 0 and case.has_whole_gradients:
             grads = {name: p.main_grad for name, p in actor._parameters.items()}
             result["grads"] = _slice_gap(slices, grads, reference["grads"])
     result["stats"] = [entry for entry in stats if entry is not None]
