@@ -8,10 +8,13 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 OBJECT_STORE_BYTES = 512 << 20
 """Of the embedded cluster: packed batches and log-probs, a few hundred KB each."""
+_DIRECTORY_PREFIX = "ztrl-ray-"
+"""In the system's temporary directory; followed by the driver's process id."""
 _ADDRESS_VARIABLE = "ZTRL_NODE_ADDRESS"
 """Set, and inherited by every process of an embedded cluster: its servers listen on loopback only."""
 
@@ -32,8 +35,9 @@ def ray_cluster() -> Iterator[None]:
     else:
         os.environ[_ADDRESS_VARIABLE] = "127.0.0.1"
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+        _remove_directories_of_killed_runs()
         # Sockets live in it, and their paths may not exceed 107 bytes.
-        directory = tempfile.mkdtemp(prefix="ztrl-ray-")
+        directory = tempfile.mkdtemp(prefix=f"{_DIRECTORY_PREFIX}{os.getpid()}-")
         ray.init(
             include_dashboard=False,
             log_to_driver=False,
@@ -47,6 +51,14 @@ def ray_cluster() -> Iterator[None]:
         ray.shutdown()
         if directory is not None:
             shutil.rmtree(directory, ignore_errors=True)
+
+
+def _remove_directories_of_killed_runs() -> None:
+    """A driver that was killed could not remove its own."""
+    for directory in Path(tempfile.gettempdir()).glob(f"{_DIRECTORY_PREFIX}*-*"):
+        pid = directory.name.removeprefix(_DIRECTORY_PREFIX).partition("-")[0]
+        if pid.isdigit() and not Path("/proc", pid).exists():
+            shutil.rmtree(directory, ignore_errors=True)  # another user's is his to remove
 
 
 def cluster_gpus() -> int:
