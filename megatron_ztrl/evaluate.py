@@ -17,6 +17,7 @@ from megatron_ztrl.rollout.statistics import rollout_statistics
 from megatron_ztrl.rollout.trajectory import Sampling
 from megatron_ztrl.runtime.system import RolloutSystem, launch_rollouts
 from megatron_ztrl.types import Prompt, Rollout
+from megatron_ztrl.weights.hf_checkpoint import HFCheckpointReader
 
 _FIRST_MEASURES = (names.ACCURACY, names.CODE_PROPORTION, names.CODE_RATIO)
 
@@ -97,6 +98,7 @@ async def _run(config: Config) -> dict[int, dict[str, float]]:
     prompts = load_eval_prompts(config)
     if not prompts:
         raise ValueError("data.eval: no data set to evaluate on; add one")
+    HFCheckpointReader(Path(config.model.path))  # refuses missing weights before an engine starts
     tokenizer = PolicyTokenizer(Path(config.model.path))
     directory = Path(config.run.directory)
     results: dict[int, dict[str, float]] = {}

@@ -23,6 +23,7 @@ from megatron_ztrl.runtime.checkpoints import CheckpointStore, read_state
 from megatron_ztrl.runtime.interrupt import StopRequest
 from megatron_ztrl.runtime.system import launch
 from megatron_ztrl.session import TrainingSession
+from megatron_ztrl.weights.hf_checkpoint import HFCheckpointReader
 
 
 async def train(session: TrainingSession) -> bool:
@@ -79,6 +80,7 @@ def run_training(config: Config, *, resume: bool) -> None:
 
 async def _run(config: Config, *, resume: bool) -> bool:
     # Everything that the user may have got wrong is read before the first process starts.
+    HFCheckpointReader(Path(config.model.path))
     tokenizer = PolicyTokenizer(Path(config.model.path))
     source = PromptSource(
         load_prompts(config.data.train, get_template(config.data.prompt_template).render),

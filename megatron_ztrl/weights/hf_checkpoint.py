@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from megatron_ztrl.types import TensorSlice
@@ -28,7 +28,7 @@ class HFCheckpointReader:
         directory: holds ``model.safetensors``, or shards and their index.
 
     Raises:
-        ValueError: there are no safetensors in ``directory``.
+        ValueError: there are no safetensors in ``directory``, or they are damaged.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -36,8 +36,11 @@ class HFCheckpointReader:
         if (directory / INDEX_NAME).is_file():
             self._files: dict[str, str] = json.loads((directory / INDEX_NAME).read_text())["weight_map"]
         elif (directory / SINGLE_NAME).is_file():
-            with safe_open(directory / SINGLE_NAME, framework="pt") as file:
-                self._files = dict.fromkeys(file.keys(), SINGLE_NAME)
+            try:
+                with safe_open(directory / SINGLE_NAME, framework="pt") as file:
+                    self._files = dict.fromkeys(file.keys(), SINGLE_NAME)
+            except SafetensorError as error:
+                raise ValueError(f"model.path: {directory / SINGLE_NAME} is damaged: {error}") from error
         else:
             raise ValueError(f"model.path: {directory} has neither {SINGLE_NAME} nor {INDEX_NAME}")
         self._open: dict[str, Any] = {}

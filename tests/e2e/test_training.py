@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -123,3 +124,36 @@ def test_a_taken_port_is_one_clear_line_and_leaves_nothing(tmp_path, marker):
     assert f"error: engine.port: 127.0.0.1:{port} is taken" in output
     assert "Traceback" not in output
     assert_nothing_left(marker)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda model: (model / "model.safetensors").unlink(), "has neither model.safetensors nor"),
+        (lambda model: os.truncate(model / "model.safetensors", 1000), "model.safetensors is damaged"),
+        (lambda model: (model / "tokenizer.json").write_text("{"), "no usable tokenizer"),
+    ],
+)
+def test_a_spoilt_checkpoint_is_one_clear_line_before_anything_starts(tmp_path, spoil, message):
+    model = shutil.copytree(QUICKSTART.parent / "base", tmp_path / "model")
+    spoil(model)
+    process = ztrl(
+        "train", str(QUICKSTART), f"run.directory={tmp_path / 'run'}", f"model.path={model}", *SMALL
+    )
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 2, output
+    assert message in output
+    assert output.startswith("error: model.path")
+    assert len(output.splitlines()) == 1
+
+
+def test_a_row_without_an_answer_is_named_with_its_file(tmp_path):
+    rows = tmp_path / "problems.jsonl"
+    rows.write_text('{"problem": "1 + 1", "answer": "2"}\n{"problem": "1 + 2"}\n')
+    process = ztrl(
+        "train", str(QUICKSTART), f"run.directory={tmp_path / 'run'}", f"data.train.path={rows}", *SMALL
+    )
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 2, output
+    assert f"{rows}:2: no key 'answer'" in output
+    assert len(output.splitlines()) == 1
