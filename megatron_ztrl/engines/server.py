@@ -69,6 +69,7 @@ class EngineServer:
         self._host = host
         self._port = None if config.engine.port is None else config.engine.port + index
         self._device = device or _detect_device()
+        self._reservation: socket.socket | None = None
         self._process: subprocess.Popen[bytes] | None = None
         self._arguments = _server_args(config, index, self._device)
 
@@ -96,7 +97,8 @@ class EngineServer:
             ValueError: the configured port is taken.
         """
         assert not self.alive, "already started"
-        self._port = _claim_port(self._host, self._port)
+        self._reservation = _reserve_port(self._host, self._port)
+        self._port = self._reservation.getsockname()[1]
         arguments = {**self._arguments, "host": self._host, "port": self._port}
         command = [sys.executable, "-m", "sglang.launch_server", *_command_line(arguments)]
         self._log_path.parent.mkdir(parents=True, exist_ok=True)
@@ -134,6 +136,12 @@ class EngineServer:
                     ) from None
             else:
                 raise EngineDied(f"engine {self.url} ended with code {code}\n{self.log_tail()}")
+        self._end_reservation()
+
+    def _end_reservation(self) -> None:
+        if self._reservation is not None:
+            self._reservation.close()
+            self._reservation = None
 
     def stop(self) -> None:
         """End the server and everything it started; nothing is left when this returns. Safe to call twice."""
@@ -150,6 +158,7 @@ class EngineServer:
         for path in shared_files:
             path.unlink(missing_ok=True)
         self._scratch.cleanup()
+        self._end_reservation()
         self._process = None
 
     def log_tail(self) -> str:
@@ -221,17 +230,22 @@ def _command_line(arguments: Mapping[str, Any]) -> list[str]:
     return words
 
 
-def _claim_port(host: str, port: int | None) -> int:
-    """Return ``port`` if it is free, or a free one."""
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port or 0))
-        except OSError as error:
-            raise ValueError(
-                f"engine.port: {host}:{port} is taken ({error.strerror}); choose another, or null for any"
-            ) from error
-        return probe.getsockname()[1]
+def _reserve_port(host: str, port: int | None) -> socket.socket:
+    """Bind ``port``, or a free one, and do not listen.
+
+    The server binds seconds later. Until then the kernel gives the port to no connection and to nobody who
+    asks for a free one; a server that names it may bind too, since neither socket of the two listens yet.
+    """
+    reservation = socket.socket()
+    reservation.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        reservation.bind((host, port or 0))
+    except OSError as error:
+        reservation.close()
+        raise ValueError(
+            f"engine.port: {host}:{port} is taken ({error.strerror}); choose another, or null for any"
+        ) from error
+    return reservation
 
 
 def _detect_device() -> Literal["cpu", "cuda"]:
