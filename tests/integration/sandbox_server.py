@@ -1,0 +1,106 @@
+"""A real executor in a process of its own, started as a user starts it and asked over HTTP."""
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import ztrl_sandbox
+from ztrl_sandbox import isolation as isolation_tiers
+from ztrl_sandbox.proctree import descendants
+
+PACKAGE_ROOT = str(Path(ztrl_sandbox.__file__).parent.parent)
+ENVIRONMENT = {**os.environ, "PYTHONPATH": PACKAGE_ROOT, "ZTRL_TEST_SECRET": "s3cr3t-of-the-server"}
+
+
+def until(condition: Callable[[], bool], seconds: float = 10.0) -> bool:
+    """Whether ``condition`` comes true in time. Other processes' deaths give a test no event to wait for."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.01)
+    return True
+
+
+def running(pid: int) -> bool:
+    """Whether the process exists and is no zombie."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+class Executor:
+    """``ztrl-sandbox serve`` as a user starts it."""
+
+    def __init__(self, isolation: str, *options: str) -> None:
+        command = ["-m", "ztrl_sandbox", "serve", "--port", "0", "--isolation", isolation, *options]
+        self.process = subprocess.Popen(
+            [sys.executable, *command], env=ENVIRONMENT, stdout=subprocess.PIPE, text=True
+        )
+        self.isolation = isolation
+        self.ready = json.loads(self.process.stdout.readline())
+        self.url = self.ready["url"]
+
+    def post(self, path: str, **body) -> tuple[int, dict, dict]:
+        request = urllib.request.Request(
+            self.url + path, json.dumps(body).encode(), {"Content-Type": "application/json"}
+        )
+        try:
+            with urllib.request.urlopen(request, timeout=60) as response:
+                return response.status, json.load(response), dict(response.headers)
+        except urllib.error.HTTPError as error:
+            with error:
+                return error.code, json.load(error), dict(error.headers)
+
+    def execute(self, code: str, run_timeout_seconds: float = 20.0, **options) -> dict:
+        status, result, _ = self.post(
+            "/v1/execute", code=code, run_timeout_seconds=run_timeout_seconds, **options
+        )
+        assert status == 200, result
+        return result
+
+    def get(self, path: str) -> dict:
+        with urllib.request.urlopen(self.url + path, timeout=10) as response:
+            return json.load(response)
+
+    def settled(self) -> bool:
+        """Whether the process tree is the zygote, the workers and one armed snippet process each."""
+        workers = self.get("/health")["worker_pids"]
+        armed = 2 if self.isolation == "namespaces" else 1
+        return len(descendants(self.process.pid)) == 1 + len(workers) * (1 + armed)
+
+    def stop(self) -> int:
+        self.process.terminate()
+        code = self.process.wait(timeout=20)
+        self.process.stdout.close()
+        return code
+
+
+def available_tiers() -> list[str]:
+    """The tiers that this machine can provide, weakest first."""
+
+    def available(tier: str) -> bool:
+        try:
+            isolation_tiers.choose(tier)
+        except ValueError:
+            return False
+        return True
+
+    return [tier for tier in ("basic", "namespaces", "user", "full") if available(tier)]
+
+
+@contextlib.contextmanager
+def executor_with(isolation: str, *options: str) -> Iterator[Executor]:
+    executor = Executor(isolation, *options)
+    try:
+        yield executor
+    finally:
+        executor.stop()
