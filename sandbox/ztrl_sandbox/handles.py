@@ -12,6 +12,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -200,6 +201,17 @@ class WorkerHandle:
             self.armed.set_exception(RuntimeError(f"worker {self.slot} ended before it was ready"))
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Tier:
+    """How snippets are isolated."""
+
+    name: str = ""
+    reason: str = ""
+    """Why it is this one."""
+    layers: tuple[str, ...] = ()
+    """What separates a snippet from the host."""
+
+
 class ZygoteHandle:
     """The running zygote."""
 
@@ -226,8 +238,8 @@ class ZygoteHandle:
         child_end.close()
         self.pid = self._process.pid
 
-    async def wait_ready(self) -> tuple[str, str]:
-        """Wait until it has imported everything; returns the isolation tier and why it is this one.
+    async def wait_ready(self) -> Tier:
+        """Wait until it has imported everything; returns the isolation tier in force.
 
         Raises:
             ValueError: it cannot: a module of ``preload`` or the isolation tier is not available.
@@ -240,7 +252,11 @@ class ZygoteHandle:
         frame = _receive(self._socket) or {"error": "it died while it started"}
         if "error" in frame:
             raise ValueError(f"the zygote cannot start: {frame['error']}")
-        return frame["isolation"], frame["isolation_reason"]
+        return Tier(
+            name=frame["isolation"],
+            reason=frame["isolation_reason"],
+            layers=tuple(frame.get("layers", ())),
+        )
 
     def spawn(self, worker: WorkerHandle) -> None:
         """Fork a worker. Raises ``OSError`` when the zygote is dead."""

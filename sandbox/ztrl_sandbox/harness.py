@@ -6,14 +6,18 @@ import ast
 import atexit
 import builtins
 import io
+import json
 import linecache
 import os
 import resource
+import signal
+import socket
 import sys
 import threading
 import traceback
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from ztrl_sandbox.protocol import MEMORY_EXIT_CODE, Limits
 
@@ -32,15 +36,19 @@ class _CountingStdout(io.FileIO):
         return super().write(data)
 
 
-def apply_rlimits(limits: Limits, memory_bytes: int, run_timeout_seconds: float) -> None:
-    """Lower this process's resource limits; ``memory_bytes`` comes on top of what is mapped already."""
+def apply_rlimits(limits: Limits, memory_bytes: int, run_timeout_seconds: float | None) -> None:
+    """Lower this process's resource limits; ``memory_bytes`` comes on top of what is mapped already.
+
+    ``run_timeout_seconds`` is None for a session, whose process runs many pieces of code.
+    """
     with open("/proc/self/statm") as statm:
         mapped_bytes = int(statm.read().split()[0]) * resource.getpagesize()
     address_space = mapped_bytes + memory_bytes
-    cpu_seconds = int(run_timeout_seconds) + 2  # a backstop: the worker's clock normally comes first
+    # A backstop: the worker's clock normally comes first.
+    cpu_seconds = resource.RLIM_INFINITY if run_timeout_seconds is None else int(run_timeout_seconds) + 2
     for kind, soft, hard in (
         (resource.RLIMIT_AS, address_space, address_space + _HEADROOM_BYTES),
-        (resource.RLIMIT_CPU, cpu_seconds, cpu_seconds + 1),
+        (resource.RLIMIT_CPU, cpu_seconds, cpu_seconds),
         (resource.RLIMIT_FSIZE, limits.file_bytes, limits.file_bytes),
         (resource.RLIMIT_NOFILE, limits.open_files, limits.open_files),
         (resource.RLIMIT_CORE, 0, 0),
@@ -48,11 +56,15 @@ def apply_rlimits(limits: Limits, memory_bytes: int, run_timeout_seconds: float)
         resource.setrlimit(kind, (soft, hard))
 
 
+def read_all(fd: int) -> bytes:
+    """The whole of a file."""
+    return os.pread(fd, os.fstat(fd).st_size, 0)
+
+
 def connect_streams(stdin_fd: int, stdout_fd: int, stderr_fd: int) -> None:
-    """Make these the standard streams, and close every other descriptor."""
+    """Make these the standard streams."""
     for target, fd in enumerate((stdin_fd, stdout_fd, stderr_fd)):
         os.dup2(fd, target)
-    os.closerange(3, 1 << 20)
     sys.stdin = io.TextIOWrapper(io.BufferedReader(io.FileIO(0, "rb", closefd=False)), encoding="utf-8")
     # Line buffering: what was printed before a time-out must not be lost.
     sys.stdout = io.TextIOWrapper(
@@ -69,37 +81,87 @@ def connect_streams(stdin_fd: int, stdout_fd: int, stderr_fd: int) -> None:
 
 def run(source: bytes, *, print_last_expression: bool) -> int:
     """Run ``source`` to its end, threads and exit handlers included, and return the exit code."""
-    stdout = sys.stdout
-    if "numpy.random" in sys.modules:
-        # Python reseeds its own generator after a fork; numpy's would repeat in every snippet.
-        sys.modules["numpy.random"].seed()
-    linecache.cache[_FILENAME] = (
-        len(source),
-        None,
-        source.decode("utf-8", "replace").splitlines(keepends=True),
-        _FILENAME,
-    )
-    exit_code = _guarded(lambda: _execute(source, stdout if print_last_expression else None))
+    _reseed()
+    main = _new_main()
+    exit_code = _guarded(lambda: _execute(source, main, print_last_expression))
     shutdown_code = _guarded(_shutdown)
     return exit_code or shutdown_code
 
 
-def _execute(source: bytes, silent_stdout: io.TextIOWrapper | None) -> None:
-    """Run the module; with ``silent_stdout``, print its last expression's value if that stayed silent."""
+def run_session(
+    requests: socket.socket, ended_fd: int, options: dict[str, Any], fds: Sequence[int]
+) -> int:
+    """Run one piece of code after the other in one ``__main__``, until the server ends the session.
+
+    After each, one byte, its exit code, goes to ``ended_fd``. SIGINT stops the code that runs, nothing else.
+
+    Args:
+        requests: Where further requests come from.
+        ended_fd: A pipe to the worker.
+        options: The first request's.
+        fds: Its descriptors: code, stdin, stdout, stderr.
+
+    ``sys.exit`` in the code ends the process.
+    """
+    _reseed()
+    main = _new_main()
+    interruptible = False
+
+    def interrupt(signal_number: int, frame: types.FrameType | None) -> None:
+        if interruptible:
+            raise KeyboardInterrupt
+
+    def cell() -> None:
+        nonlocal interruptible
+        interruptible = True
+        try:
+            _execute(source, main, options["print_last_expression"])
+            _flush()
+        finally:
+            interruptible = False
+
+    signal.signal(signal.SIGINT, interrupt)
+    while True:
+        source = read_all(fds[0])
+        connect_streams(*fds[1:])
+        for fd in fds:
+            os.close(fd)
+        os.write(ended_fd, bytes([_guarded(cell, may_exit=True)]))
+        message, fds, _, _ = socket.recv_fds(requests, 4096, 4, socket.MSG_CMSG_CLOEXEC)
+        if not message:
+            return 0
+        options = json.loads(message)
+
+
+def _reseed() -> None:
+    if "numpy.random" in sys.modules:
+        # Python reseeds its own generator after a fork; numpy's would repeat in every snippet.
+        sys.modules["numpy.random"].seed()
+
+
+def _new_main() -> types.ModuleType:
     main = types.ModuleType("__main__")
     main.__dict__["__builtins__"] = builtins
     sys.modules["__main__"] = main
     sys.argv = [_FILENAME]
+    return main
+
+
+def _execute(source: bytes, main: types.ModuleType, print_last_expression: bool) -> None:
+    """Run it in ``main``; if asked to, print its last expression's value unless anything was printed."""
+    stdout = sys.stdout
+    lines = source.decode("utf-8", "replace").splitlines(keepends=True)
+    linecache.cache[_FILENAME] = (len(source), None, lines, _FILENAME)
     tree = ast.parse(source, _FILENAME)
     last = None
-    if silent_stdout is not None and tree.body and isinstance(tree.body[-1], ast.Expr):
+    if print_last_expression and tree.body and isinstance(tree.body[-1], ast.Expr):
         last = ast.Expression(tree.body.pop().value)
     exec(compile(tree, _FILENAME, "exec", dont_inherit=True), main.__dict__)
     if last is None:
         return
     value = eval(compile(last, _FILENAME, "eval", dont_inherit=True), main.__dict__)
-    silent_stdout.flush()
-    if value is not None and silent_stdout.buffer.raw.written_bytes == 0:
+    stdout.flush()
+    if value is not None and stdout.buffer.raw.written_bytes == 0:
         print(repr(value))
 
 
@@ -107,17 +169,25 @@ def _shutdown() -> None:
     """What the interpreter does at exit, short of freeing every module (tens of ms with sympy loaded)."""
     threading._shutdown()
     atexit._run_exitfuncs()
+    _flush()
+
+
+def _flush() -> None:
     for stream in (sys.stdout, sys.stderr, sys.__stdout__, sys.__stderr__):
         if stream is not None and not stream.closed:
             stream.flush()
 
 
-def _guarded(function: Callable[[], None]) -> int:
+def _guarded(function: Callable[[], None], *, may_exit: bool = False) -> int:
     """The exit code that the interpreter would give for what ``function`` raises, its traceback printed."""
     try:
         function()
     except SystemExit as exit_request:
-        return _exit_code(exit_request.code)
+        code = _exit_code(exit_request.code)
+        if may_exit:
+            _guarded(_shutdown)
+            os._exit(code)
+        return code
     except MemoryError as error:
         _, hard = resource.getrlimit(resource.RLIMIT_AS)
         resource.setrlimit(resource.RLIMIT_AS, (hard, hard))

@@ -13,10 +13,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ztrl_sandbox.handles import WorkerHandle, ZygoteHandle
+from ztrl_sandbox.handles import Tier, WorkerHandle, ZygoteHandle
 from ztrl_sandbox.protocol import ExecutionRequest, ExecutionResult, Limits
 
 _logger = logging.getLogger("ztrl_sandbox")
+
+TIERS = ("basic", "user", "namespaces", "full")
+"""Isolation tiers, weakest first."""
 
 _RESPAWN_PAUSE_SECONDS = 0.5
 """Between attempts when a worker or zygote cannot even start."""
@@ -39,7 +42,9 @@ class PoolConfig:
     preload: Sequence[str] = ("math", "sympy")
     """Modules that snippets find imported already."""
     isolation: str = "auto"
-    """``auto``, ``namespaces`` or ``basic``."""
+    """``auto`` (the strongest available) or one of :data:`TIERS`."""
+    min_isolation: str = "basic"
+    """The weakest tier to accept."""
     queue_limit: int = 4096
     """Requests that may wait for a worker; more are rejected."""
     limits: Limits = field(default_factory=Limits)
@@ -49,6 +54,8 @@ class PoolConfig:
             raise ValueError(f"workers must be at least 1, got {self.workers}")
         if self.queue_limit < 0:
             raise ValueError(f"queue_limit must not be negative, got {self.queue_limit}")
+        if self.min_isolation not in TIERS:
+            raise ValueError(f"min_isolation must be one of {', '.join(TIERS)}, got {self.min_isolation!r}")
 
 
 class WorkerPool:
@@ -58,9 +65,8 @@ class WorkerPool:
         self.config = config
         self.queued = 0
         self.restarts = 0
-        self.isolation = ""
+        self.tier = Tier()
         """The tier in force; set by :meth:`start`."""
-        self.isolation_reason = ""
         self._idle: asyncio.Queue[WorkerHandle] = asyncio.Queue()
         self._workers: dict[int, WorkerHandle] = {}
         self._keepers: list[asyncio.Task[None]] = []
@@ -183,8 +189,18 @@ class WorkerPool:
                     limits=self.config.limits,
                     scratch_root=self._scratch_root,
                 )
-                self.isolation, self.isolation_reason = await self._zygote.wait_ready()
+                self.tier = await self._zygote.wait_ready()
+            self._check_tier()
             return self._zygote
+
+
+    def _check_tier(self) -> None:
+        wanted = self.config.min_isolation
+        if TIERS.index(self.tier.name) < TIERS.index(wanted):
+            raise ValueError(
+                f"the isolation tier would be {self.tier.name!r} ({self.tier.reason}), "
+                f"below the minimum {wanted!r} that is asked for"
+            )
 
 
 async def _process_end(pid: int) -> None:

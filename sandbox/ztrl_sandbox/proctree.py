@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import select
 import signal
 from collections.abc import Collection
 
@@ -61,6 +60,20 @@ def proportional_bytes(pid: int) -> int:
     return 0
 
 
+def peak_resident_bytes(pid: int) -> int:
+    """Largest resident set of one process so far; 0 when it has gone."""
+    for line in _read(f"/proc/{pid}/status").splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) * 1024
+    return 0
+
+
+def cpu_seconds(pid: int) -> float:
+    """User and system time of a process and of the children it waited for; 0 when it has gone."""
+    fields = _read(f"/proc/{pid}/stat").rpartition(")")[2].split()
+    return sum(map(int, fields[11:15])) / os.sysconf("SC_CLK_TCK") if fields else 0.0
+
+
 def count_tasks(pids: list[int]) -> int:
     """Threads of all these processes together."""
     return sum(len(_threads(pid)) for pid in pids)
@@ -79,21 +92,5 @@ def kill_children(spare: Collection[int] = ()) -> None:
                 os.kill(pid, signal.SIGKILL)
             except ProcessLookupError:
                 continue  # it ended between the scan and the signal
-        _reap(strays)
-
-
-def _reap(pids: list[int]) -> None:
-    """Wait for these children in whatever order they end.
-
-    The order matters: the first process of a pid namespace ends only after we have reaped our other children
-    in that namespace.
-    """
-    waiting = {os.pidfd_open(pid): pid for pid in pids}
-    poller = select.poll()
-    for pidfd in waiting:
-        poller.register(pidfd, select.POLLIN)
-    while waiting:
-        for pidfd, _ in poller.poll():
-            os.waitpid(waiting.pop(pidfd), 0)
-            poller.unregister(pidfd)
-            os.close(pidfd)
+        for pid in strays:
+            os.waitpid(pid, 0)

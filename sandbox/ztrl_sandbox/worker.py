@@ -1,17 +1,18 @@
 """One slot: a process that arms, times, limits and kills one snippet at a time.
 
 The worker forks the next snippet process *before* its request exists ("arms" it), so that forking and
-isolating cost a caller nothing. A request reaches only that single-use process: worker and zygote never
-hold code or output, so a later snippet, forked from the worker's memory, cannot find an earlier one's.
+isolating cost a caller nothing. A request reaches only that process: worker and zygote never hold code or
+output, so a later snippet, forked from the worker's memory, cannot find an earlier one's.
 
 Two SOCK_SEQPACKET sockets join a worker to the server:
 
 ``requests``
     server → armed snippet process: one JSON datagram of options with four descriptors (code, stdin, stdout,
-    stderr). The process closes it before it runs the code.
+    stderr). The process closes it before it runs the code, unless the request says ``keep``: then it stays for
+    more code of the same session.
 ``control``
     server → worker: ``{"start": true, "run_timeout_seconds": s, ...}`` (sent before the request) and
-    ``{"cancel": true}``; worker → server: ``{"armed": pid}`` once, then one report per snippet. The snippet's
+    ``{"cancel": true}``; worker → server: ``{"armed": pid}`` once, then one report per request. The snippet's
     process has no access to it, so it cannot forge a report. End of file means that the server is gone: kill
     the snippet and exit.
 """
@@ -26,15 +27,31 @@ import select
 import signal
 import socket
 import time
+import traceback
 from dataclasses import dataclass
 from typing import Any
 
 from ztrl_sandbox import harness, linux, proctree
+from ztrl_sandbox.cgroup import SlotMemory
 from ztrl_sandbox.isolation import Isolation, Slot
 
 _FRAME_BYTES = 4096
 _WATCH_INTERVAL_SECONDS = 0.05
 """How often memory and process counts of a running snippet are read."""
+_INTERRUPT_GRACE_SECONDS = 0.5
+"""How long a session's code may take to stop at a ``KeyboardInterrupt`` before the session is killed."""
+_REQUESTS_FD, _ENDED_FD = 3, 4
+"""Of a snippet process, until its code arrives."""
+
+
+@dataclass(slots=True)
+class _Armed:
+    """A snippet process, and what tells of it."""
+
+    pid: int
+    pidfd: int
+    ended_fd: int
+    """Read end of a pipe: one byte, the exit code, for each piece of a session's code that ended."""
 
 
 @dataclass(slots=True)
@@ -42,39 +59,59 @@ class _Running:
     started_at: float
     deadline: float
     memory_bytes: int
+    keep: bool
+    oom_kills: int = 0
+    cpu_seconds_before: float = 0.0
 
 
 class Worker:
-    """The worker's loop."""
+    """The worker's loop.
+
+    Args:
+        slot: Which one this is.
+        isolation: The tier in force.
+        requests: See above.
+        control: See above.
+        memory: The slot's cgroup; None where there are none, and memory is watched instead.
+    """
 
     def __init__(
-        self, slot: Slot, isolation: Isolation, requests: socket.socket, control: socket.socket
+        self,
+        slot: Slot,
+        isolation: Isolation,
+        requests: socket.socket,
+        control: socket.socket,
+        memory: SlotMemory | None,
     ) -> None:
         self._slot = slot
         self._isolation = isolation
         self._requests = requests
         self._control = control
+        self._memory = memory
         self._tree_bytes = 0
 
     def run(self) -> None:
-        """Serve snippets until the server closes ``control``."""
-        linux.prctl(linux.PR_SET_CHILD_SUBREAPER, 1)
+        """Serve until the server closes ``control``."""
+        pid_outside = int(os.readlink("/proc/self"))  # before this becomes another process table
+        self._isolation.confine(self._slot)
         gc.freeze()
         linux.collapse_writable_memory()
-        pid, pidfd = self._arm()
-        self._send(armed=os.getpid())
+        armed = self._arm()
+        self._send(armed=pid_outside)
         while True:
-            start = self._await_start(pidfd)
+            start = self._await_start(armed)
             if start is None:
                 self._isolation.end(self._slot)
                 return
-            reason = self._watch(pid, pidfd, start)
-            os.close(pidfd)
-            report = self._finish(pid, reason, start)
+            reason = self._watch(armed, start)
+            report = self._report(armed, reason, start)
             self._send(**report)
             if reason == "server_gone":
                 return
-            pid, pidfd = self._arm()
+            if not report["alive"]:
+                os.close(armed.pidfd)
+                os.close(armed.ended_fd)
+                armed = self._arm()
 
     def _send(self, **frame: Any) -> None:
         # If the server is gone, the next read of `control` says so.
@@ -89,39 +126,52 @@ class Worker:
             return None
         return json.loads(data) if data else None
 
-    def _arm(self) -> tuple[int, int]:
-        pid = self._isolation.fork(self._slot)
+    def _arm(self) -> _Armed:
+        ended_fd, ended = os.pipe()
+        pid = os.fork()
         if pid == 0:
             exit_code = 1
             try:
-                exit_code = self._be_snippet()
+                os.close(ended_fd)
+                exit_code = self._be_snippet(ended)
+            except Exception:  # noqa: BLE001  # ours, not the snippet's: that has its own guard
+                traceback.print_exc()
             finally:
                 os._exit(exit_code)
-        return pid, os.pidfd_open(pid)
+        os.close(ended)
+        return _Armed(pid, os.pidfd_open(pid), ended_fd)
 
-    def _be_snippet(self) -> int:
+    def _be_snippet(self, ended: int) -> int:
         self._control.close()
         self._isolation.enter(self._slot)
-        # Descriptor 3 is the request socket; everything else inherited goes before any code arrives.
-        os.dup2(self._requests.fileno(), 3)
-        os.closerange(4, 1 << 20)
-        requests = socket.socket(fileno=3)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        # Everything else inherited goes before any code arrives. The two may lie in each other's place.
+        spare = os.dup(ended)
+        os.dup2(self._requests.fileno(), _REQUESTS_FD)
+        os.dup2(spare, _ENDED_FD)
+        os.closerange(_ENDED_FD + 1, 1 << 20)
         self._requests.detach()
+        requests = socket.socket(fileno=_REQUESTS_FD)
         message, fds, _, _ = socket.recv_fds(requests, _FRAME_BYTES, 4, socket.MSG_CMSG_CLOEXEC)
-        requests.close()
         if not message:
             return 0
         options = json.loads(message)
-        source = os.pread(fds[0], os.fstat(fds[0]).st_size, 0)
+        keep = options.get("keep", False)
+        timeout_seconds = None if keep else options["run_timeout_seconds"]
+        harness.apply_rlimits(self._slot.limits, options["memory_bytes"], timeout_seconds)
+        if keep:
+            return harness.run_session(requests, _ENDED_FD, options, fds)
+        source = harness.read_all(fds[0])
         harness.connect_streams(*fds[1:])
-        harness.apply_rlimits(self._slot.limits, options["memory_bytes"], options["run_timeout_seconds"])
+        requests.detach()
+        os.closerange(_REQUESTS_FD, 1 << 20)
         return harness.run(source, print_last_expression=options["print_last_expression"])
 
-    def _await_start(self, pidfd: int) -> _Running | None:
-        """Wait for the next start frame. None: the server is gone, or the armed process died."""
+    def _await_start(self, armed: _Armed) -> _Running | None:
+        """Wait for the next start frame. None: the server is gone, or the waiting process died."""
         poller = select.poll()
         poller.register(self._control, select.POLLIN)
-        poller.register(pidfd, select.POLLIN)
+        poller.register(armed.pidfd, select.POLLIN)
         while True:
             ready = [fd for fd, _ in poller.poll()]
             # A quick snippet may be over already, so the start frame (always sent first) has precedence.
@@ -131,34 +181,52 @@ class Worker:
             if frame is None:
                 return None
             if "start" in frame:  # a cancel that comes after the end of its snippet is void
-                now = time.monotonic()
-                return _Running(now, now + frame["run_timeout_seconds"], frame["memory_bytes"])
+                return self._begin(armed, frame)
 
-    def _watch(self, pid: int, pidfd: int, running: _Running) -> str | None:
-        """Wait for the snippet's end. Returns why it must be killed; None when it ended by itself."""
+    def _begin(self, armed: _Armed, frame: dict[str, Any]) -> _Running:
+        now = time.monotonic()
+        running = _Running(
+            now, now + frame["run_timeout_seconds"], frame["memory_bytes"], frame.get("keep", False)
+        )
         self._tree_bytes = 0
+        if self._memory is not None:
+            self._memory.limit(running.memory_bytes)
+            running.oom_kills = self._memory.oom_kills()
+        if running.keep:
+            running.cpu_seconds_before = proctree.cpu_seconds(armed.pid)
+        return running
+
+    def _watch(self, armed: _Armed, running: _Running) -> str | None:
+        """Wait for the end. Returns why the snippet must be stopped; None when it ended by itself."""
         poller = select.poll()
-        poller.register(self._control, select.POLLIN)
-        poller.register(pidfd, select.POLLIN)
+        for fd in (self._control.fileno(), armed.pidfd, armed.ended_fd):
+            poller.register(fd, select.POLLIN)
         while True:
             remaining = running.deadline - time.monotonic()
             if remaining <= 0:
                 return "timeout"
-            ready = [fd for fd, _ in poller.poll(1000 * min(remaining, _WATCH_INTERVAL_SECONDS))]
-            if pidfd in ready:
+            events = poller.poll(1000 * min(remaining, _WATCH_INTERVAL_SECONDS))
+            ready = {fd for fd, _ in events}
+            if armed.pidfd in ready:
                 return None
-            if ready:
+            if running.keep and armed.ended_fd in ready:
+                return None
+            if self._control.fileno() in ready:
                 frame = self._receive()
                 return "server_gone" if frame is None else "cancelled"
+            if armed.ended_fd in ready:  # closed before the code began, or by it: nothing more will come
+                poller.unregister(armed.ended_fd)
             excess = self._excess(running)
             if excess is not None:
                 return excess
 
     def _excess(self, running: _Running) -> str | None:
-        """Which tree-wide limit the snippet exceeds."""
-        pids = proctree.descendants(os.getpid())
+        """Which limit of the whole slot the snippet exceeds."""
+        pids = self._isolation.processes()
         if proctree.count_tasks(pids) > self._slot.limits.processes:
             return "processes"
+        if self._memory is not None:
+            return "memory" if self._memory.oom_kills() > running.oom_kills else None
         if sum(map(proctree.resident_bytes, pids)) <= running.memory_bytes:
             return None
         # That sum counts pages shared with the preloaded interpreter once per process; this one does not.
@@ -166,16 +234,55 @@ class Worker:
         allowed_bytes = running.memory_bytes + proctree.resident_bytes(os.getpid())
         return "memory" if self._tree_bytes > allowed_bytes else None
 
-    def _finish(self, pid: int, reason: str | None, running: _Running) -> dict[str, Any]:
+    def _report(self, armed: _Armed, reason: str | None, running: _Running) -> dict[str, Any]:
+        if running.keep and self._stopped_politely(armed, reason):
+            return self._report_alive(armed, reason, running)
+        return self._finish(armed, reason, running)
+
+    def _stopped_politely(self, armed: _Armed, reason: str | None) -> bool:
+        """Whether a session's code has ended, perhaps at our request, and its process waits for more."""
+        patience_seconds = 0.0
+        if reason in ("timeout", "cancelled"):
+            os.kill(armed.pid, signal.SIGINT)
+            patience_seconds = _INTERRUPT_GRACE_SECONDS
+        elif reason is not None:
+            return False
+        poller = select.poll()
+        poller.register(armed.pidfd, select.POLLIN)
+        poller.register(armed.ended_fd, select.POLLIN)
+        ready = {fd for fd, _ in poller.poll(1000 * patience_seconds)}
+        return armed.ended_fd in ready and armed.pidfd not in ready
+
+    def _report_alive(self, armed: _Armed, reason: str | None, running: _Running) -> dict[str, Any]:
+        code = os.read(armed.ended_fd, 1)
+        if not code:  # it is about to die, or its code closed the pipe and nobody will tell when the next ends
+            poller = select.poll()
+            poller.register(armed.pidfd, select.POLLIN)
+            died = poller.poll(1000 * _INTERRUPT_GRACE_SECONDS)
+            return self._finish(armed, reason or (None if died else "closed"), running)
+        return {
+            "reason": reason,
+            "alive": True,
+            "exit_code": code[0],
+            "run_seconds": time.monotonic() - running.started_at,
+            "cpu_seconds": proctree.cpu_seconds(armed.pid) - running.cpu_seconds_before,
+            "peak_memory_bytes": max(self._tree_bytes, proctree.peak_resident_bytes(armed.pid)),
+        }
+
+    def _finish(self, armed: _Armed, reason: str | None, running: _Running) -> dict[str, Any]:
         if reason is not None:
-            os.kill(pid, signal.SIGKILL)
-        _, wait_status, usage = os.wait4(pid, 0)
+            os.kill(armed.pid, signal.SIGKILL)
+        _, wait_status, usage = os.wait4(armed.pid, 0)
         run_seconds = time.monotonic() - running.started_at
+        exit_code = os.waitstatus_to_exitcode(wait_status)
+        if self._memory is not None and exit_code != 0 and self._memory.oom_kills() > running.oom_kills:
+            reason = reason or "memory"
         self._isolation.end(self._slot)
         return {
             "reason": reason,
-            "exit_code": os.waitstatus_to_exitcode(wait_status),
+            "alive": False,
+            "exit_code": exit_code,
             "run_seconds": run_seconds,
-            "cpu_seconds": usage.ru_utime + usage.ru_stime,
+            "cpu_seconds": usage.ru_utime + usage.ru_stime - running.cpu_seconds_before,
             "peak_memory_bytes": max(self._tree_bytes, usage.ru_maxrss * 1024),
         }

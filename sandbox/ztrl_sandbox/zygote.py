@@ -2,9 +2,10 @@
 
 Started by the server under a scrubbed environment. One SOCK_SEQPACKET socket joins the two:
 
-* zygote → server, once: ``{"ready": true, "isolation": tier, "isolation_reason": why}``, or
+* zygote → server, once: ``{"ready": true, "isolation": tier, "isolation_reason": why, "layers": [...]}``, or
   ``{"error": text}``
-* server → zygote: ``{"spawn": slot}`` with the worker's two sockets
+* server → zygote: ``{"spawn": slot}`` with the worker's two sockets and, if there is one, the directory of the
+  slot's cgroup
 
 It must stay single-threaded (it forks), and holds no request data. Workers outlive it: they depend only on
 the server.
@@ -23,7 +24,8 @@ import sys
 import traceback
 from pathlib import Path
 
-from ztrl_sandbox import isolation, linux, proctree
+from ztrl_sandbox import isolation, linux, proctree, tiers
+from ztrl_sandbox.cgroup import SlotMemory
 from ztrl_sandbox.protocol import Limits
 from ztrl_sandbox.worker import Worker
 
@@ -55,7 +57,7 @@ class Zygote:
                 self._bury(pidfd)
             if self._server.fileno() not in ready:
                 continue
-            message, fds, _, _ = socket.recv_fds(self._server, _FRAME_BYTES, 2, socket.MSG_CMSG_CLOEXEC)
+            message, fds, _, _ = socket.recv_fds(self._server, _FRAME_BYTES, 3, socket.MSG_CMSG_CLOEXEC)
             if not message:
                 break
             self._spawn(json.loads(message)["spawn"], fds)
@@ -64,23 +66,27 @@ class Zygote:
         shutil.rmtree(self._scratch_root, ignore_errors=True)
 
     def _spawn(self, index: int, fds: list[int]) -> None:
-        pid = os.fork()
-        if pid == 0:
-            exit_code = 1
-            try:
-                self._server.close()
-                for pidfd in self._worker_pidfds:
-                    os.close(pidfd)
-                requests, control = (socket.socket(fileno=fd) for fd in fds)
-                slot = isolation.Slot(index=index, limits=self._limits, scratch_root=self._scratch_root)
-                Worker(slot, self._tier, requests, control).run()
-                exit_code = 0
-            except Exception:  # noqa: BLE001  # a forked process must never run on into its parent's code
-                traceback.print_exc()
-            finally:
-                os._exit(exit_code)
-        for fd in fds:
-            os.close(fd)
+        slot = isolation.Slot(index=index, limits=self._limits, scratch_root=self._scratch_root)
+
+        def work() -> None:
+            self._server.close()
+            for pidfd in self._worker_pidfds:
+                os.close(pidfd)
+            requests, control = (socket.socket(fileno=fd) for fd in fds[:2])
+            memory = None
+            if len(fds) > 2:
+                memory = SlotMemory(fds[2])
+                os.close(fds[2])
+            Worker(slot, self._tier, requests, control, memory).run()
+
+        try:
+            pid = self._tier.fork_worker(slot, work)
+        except OSError:
+            traceback.print_exc()  # the server sees the worker's sockets close, and tries again
+            return
+        finally:
+            for fd in fds:
+                os.close(fd)
         pidfd = os.pidfd_open(pid)
         self._worker_pidfds[pidfd] = pid
         self._poller.register(pidfd, select.POLLIN)
@@ -100,7 +106,7 @@ def main() -> None:
     try:
         for name in settings["preload"]:
             importlib.import_module(name)
-        tier, reason = isolation.choose(settings["isolation"])
+        tier, reason = tiers.choose(settings["isolation"])
         scratch_root = Path(settings["scratch_root"])
         tier.prepare(scratch_root)
     except Exception as error:  # noqa: BLE001  # importing a module can raise anything
@@ -110,5 +116,6 @@ def main() -> None:
     gc.freeze()
     # Not dumpable: a snippet that shares our uid must not read our memory or borrow our descriptors.
     linux.prctl(linux.PR_SET_DUMPABLE, 0)
-    server.send(json.dumps({"ready": True, "isolation": tier.name, "isolation_reason": reason}).encode())
+    ready = {"ready": True, "isolation": tier.name, "isolation_reason": reason, "layers": tier.layers}
+    server.send(json.dumps(ready).encode())
     Zygote(tier, Limits(**settings["limits"]), scratch_root, server).run()

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import ztrl_sandbox
-from ztrl_sandbox import isolation as isolation_tiers
+from ztrl_sandbox import tiers
 from ztrl_sandbox.proctree import descendants
 
 PACKAGE_ROOT = str(Path(ztrl_sandbox.__file__).parent.parent)
@@ -74,8 +74,7 @@ class Executor:
     def settled(self) -> bool:
         """Whether the process tree is the zygote, the workers and one armed snippet process each."""
         workers = self.get("/health")["worker_pids"]
-        armed = 2 if self.isolation == "namespaces" else 1
-        return len(descendants(self.process.pid)) == 1 + len(workers) * (1 + armed)
+        return len(descendants(self.process.pid)) == 1 + 2 * len(workers)
 
     def stop(self) -> int:
         self.process.terminate()
@@ -89,12 +88,12 @@ def available_tiers() -> list[str]:
 
     def available(tier: str) -> bool:
         try:
-            isolation_tiers.choose(tier)
+            tiers.choose(tier)
         except ValueError:
             return False
         return True
 
-    return [tier for tier in ("basic", "namespaces", "user", "full") if available(tier)]
+    return [tier for tier in ("basic", "user", "full") if available(tier)]
 
 
 @contextlib.contextmanager
