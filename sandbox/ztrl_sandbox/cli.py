@@ -1,4 +1,4 @@
-"""``ztrl-sandbox serve | run FILE | doctor``."""
+"""``ztrl-sandbox serve | run FILE | bench | doctor``."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import logging
 import sys
 from pathlib import Path
 
+from ztrl_sandbox import bench
 from ztrl_sandbox.pool import PoolConfig, WorkerPool
 from ztrl_sandbox.protocol import ExecutionRequest, ExecutionResult, Limits, Status
 
@@ -33,7 +34,7 @@ def _parser() -> argparse.ArgumentParser:
     pool = argparse.ArgumentParser(add_help=False)
     pool.add_argument("--workers", type=int, default=2, help="snippets that run at once")
     pool.add_argument("--preload", default="math,sympy", help="comma-separated modules")
-    pool.add_argument("--isolation", default="auto", choices=["auto", "namespaces", "basic"])
+    pool.add_argument("--isolation", default="auto", choices=["auto", "full", "user", "basic"])
     pool.add_argument("--queue-limit", type=int, default=4096, help="requests that may wait; more get 429")
     pool.add_argument("--memory-limit-bytes", type=int, default=_DEFAULT_LIMITS.memory_bytes)
     pool.add_argument("--output-limit-bytes", type=int, default=_DEFAULT_LIMITS.output_bytes)
@@ -49,6 +50,10 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--run-timeout-seconds", type=float, default=20.0)
     run.add_argument("--print-last-expression", action="store_true")
     run.set_defaults(command=_run)
+
+    measure = commands.add_parser("bench", help="throughput, latency and truthfulness under load")
+    bench.add_arguments(measure)
+    measure.set_defaults(command=bench.run)
 
     doctor = commands.add_parser("doctor", parents=[pool], help="what this machine can isolate")
     doctor.set_defaults(command=_doctor)
