@@ -51,6 +51,7 @@ setup(
     install_requires=[
         "numpy>=2",
         "aiohttp>=3.14",
+        "pyseccomp>=0.1.2",
         "omegaconf>=2.4,<3",
         "pydantic>=2.14,<3",
         "PyYAML>=6",
