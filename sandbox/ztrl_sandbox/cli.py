@@ -11,10 +11,12 @@ import sys
 from pathlib import Path
 
 from ztrl_sandbox import bench
-from ztrl_sandbox.pool import PoolConfig, WorkerPool
+from ztrl_sandbox.handles import Tier
+from ztrl_sandbox.pool import TIERS, PoolConfig, WorkerPool
 from ztrl_sandbox.protocol import ExecutionRequest, ExecutionResult, Limits, Status
 
-_DEFAULT_LIMITS = Limits()
+_LIMITS = Limits()
+_POOL = PoolConfig()
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -32,17 +34,15 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="ztrl-sandbox", description="Runs model-written Python.")
     commands = parser.add_subparsers(required=True)
     pool = argparse.ArgumentParser(add_help=False)
-    pool.add_argument("--workers", type=int, default=2, help="snippets that run at once")
-    pool.add_argument("--preload", default="math,sympy", help="comma-separated modules")
-    pool.add_argument("--isolation", default="auto", choices=["auto", "full", "user", "basic"])
-    pool.add_argument("--queue-limit", type=int, default=4096, help="requests that may wait; more get 429")
-    pool.add_argument("--memory-limit-bytes", type=int, default=_DEFAULT_LIMITS.memory_bytes)
-    pool.add_argument("--output-limit-bytes", type=int, default=_DEFAULT_LIMITS.output_bytes)
+    _add_pool_options(pool)
 
-    serve = commands.add_parser("serve", parents=[pool], help="serve HTTP; prints one JSON line when ready")
-    serve.add_argument("--host", default="127.0.0.1")
-    serve.add_argument("--port", type=int, default=8080, help="0 takes a free one")
-    serve.add_argument("--exit-with-parent", action="store_true", help="stop when the parent process ends")
+    serve = commands.add_parser(
+        "serve",
+        parents=[pool],
+        help="serve HTTP; prints one JSON line when ready",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    _add_server_options(serve)
     serve.set_defaults(command=_serve)
 
     run = commands.add_parser("run", parents=[pool], help="run one file; prints the result as JSON")
@@ -60,30 +60,72 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _add_pool_options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--workers", type=int, default=_POOL.workers, help="snippets that run at once")
+    add(
+        "--preload",
+        default=",".join(_POOL.preload),
+        help="modules that snippets find imported, comma-separated",
+    )
+    add("--isolation", default="auto", choices=["auto", *TIERS], help="tier to use; auto is the strongest")
+    add("--min-isolation", default=_POOL.min_isolation, choices=TIERS, help="do not start below this tier")
+    add("--queue-limit", type=int, default=_POOL.queue_limit, help="requests that may wait; more get 429")
+    add("--memory-limit-bytes", type=int, default=_LIMITS.memory_bytes, help="memory of a snippet")
+    add("--output-limit-bytes", type=int, default=_LIMITS.output_bytes, help="kept of stdout and of stderr")
+    add("--scratch-bytes", type=int, default=_LIMITS.scratch_bytes, help="files of a snippet (not in basic)")
+    add("--process-limit", type=int, default=_LIMITS.processes, help="processes and threads of a snippet")
+
+
+def _add_server_options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--host", default="127.0.0.1", help="address to listen on; not loopback only with a token")
+    add("--port", type=int, default=8080, help="0 takes a free one")
+    add(
+        "--token-file",
+        type=Path,
+        help="file with the bearer token that callers must send; else the environment's ZTRL_SANDBOX_TOKEN",
+    )
+    add("--exit-with-parent", action="store_true", help="stop when the parent process ends")
+
+
 def _pool_config(arguments: argparse.Namespace, workers: int | None = None) -> PoolConfig:
     return PoolConfig(
         workers=workers or arguments.workers,
         preload=[name for name in arguments.preload.split(",") if name],
         isolation=arguments.isolation,
+        min_isolation=arguments.min_isolation,
         queue_limit=arguments.queue_limit,
-        limits=Limits(memory_bytes=arguments.memory_limit_bytes, output_bytes=arguments.output_limit_bytes),
+        limits=Limits(
+            memory_bytes=arguments.memory_limit_bytes,
+            output_bytes=arguments.output_limit_bytes,
+            scratch_bytes=arguments.scratch_bytes,
+            processes=arguments.process_limit,
+        ),
     )
 
 
 def _serve(arguments: argparse.Namespace) -> int:
+    from ztrl_sandbox.auth import load_token
     from ztrl_sandbox.server import serve  # FastAPI takes most of a second to load
 
-    config = _pool_config(arguments)
-    asyncio.run(serve(arguments.host, arguments.port, config, exit_with_parent=arguments.exit_with_parent))
+    asyncio.run(
+        serve(
+            arguments.host,
+            arguments.port,
+            _pool_config(arguments),
+            token=load_token(arguments.token_file),
+            exit_with_parent=arguments.exit_with_parent,
+        )
+    )
     return 0
 
 
-async def _run_once(arguments: argparse.Namespace, request: ExecutionRequest) -> tuple[ExecutionResult, str]:
-    """The result, and the isolation tier with its reason."""
+async def _run_once(arguments: argparse.Namespace, request: ExecutionRequest) -> tuple[ExecutionResult, Tier]:
     pool = WorkerPool(_pool_config(arguments, workers=1))
     await pool.start()
     try:
-        return await pool.execute(request), f"{pool.isolation} ({pool.isolation_reason})"
+        return await pool.execute(request), pool.tier
     finally:
         await pool.stop()
 
@@ -94,17 +136,18 @@ def _run(arguments: argparse.Namespace) -> int:
         run_timeout_seconds=arguments.run_timeout_seconds,
         print_last_expression=arguments.print_last_expression,
     )
-    result, isolation = asyncio.run(_run_once(arguments, request))
-    print(json.dumps({"isolation": isolation, **dataclasses.asdict(result)}, indent=2))
+    result, tier = asyncio.run(_run_once(arguments, request))
+    isolation = {"isolation": tier.name, "isolation_reason": tier.reason, "isolation_layers": tier.layers}
+    print(json.dumps({**isolation, **dataclasses.asdict(result)}, indent=2))
     return 0 if result.status is Status.OK else 1
 
 
 def _doctor(arguments: argparse.Namespace) -> int:
     probe = "import os; print(os.getuid(), sum(n.isdigit() for n in os.listdir('/proc')), os.getcwd())"
-    result, isolation = asyncio.run(
-        _run_once(arguments, ExecutionRequest(code=probe, run_timeout_seconds=10.0))
-    )
-    print(f"isolation  {isolation}")
+    result, tier = asyncio.run(_run_once(arguments, ExecutionRequest(code=probe, run_timeout_seconds=10.0)))
+    print(f"isolation  {tier.name} ({tier.reason})")
+    for layer in tier.layers:
+        print(f"           + {layer}")
     print(f"a snippet  {result.status} in {result.run_seconds * 1e3:.1f} ms {result.message}")
     if result.status is not Status.OK:
         return 1

@@ -18,7 +18,7 @@ from ztrl_sandbox.protocol import ExecutionRequest, ExecutionResult, Limits
 
 _logger = logging.getLogger("ztrl_sandbox")
 
-TIERS = ("basic", "user", "namespaces", "full")
+TIERS = ("basic", "user", "full")
 """Isolation tiers, weakest first."""
 
 _RESPAWN_PAUSE_SECONDS = 0.5
@@ -192,7 +192,6 @@ class WorkerPool:
                 self.tier = await self._zygote.wait_ready()
             self._check_tier()
             return self._zygote
-
 
     def _check_tier(self) -> None:
         wanted = self.config.min_isolation

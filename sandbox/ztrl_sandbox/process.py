@@ -12,17 +12,21 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+TOKEN_VARIABLE = "ZTRL_SANDBOX_TOKEN"
 _PACKAGE_ROOT = Path(__file__).resolve().parent.parent
 
 
 class ExecutorServer:
-    """An executor on this machine's loopback, which ends with this process whatever happens to it.
+    """An executor on this machine, which ends with this process whatever happens to it.
 
     Args:
+        host: Address to listen on; anything but loopback needs a token.
+        token: Bearer token that callers must send; None asks for none.
         workers: Snippets that run at once.
         preload: Modules that snippets find imported already.
         memory_limit_bytes: Per snippet.
-        isolation: ``auto``, ``namespaces`` or ``basic``.
+        isolation: ``auto`` (the strongest available), ``full``, ``user`` or ``basic``.
+        min_isolation: The weakest of these tiers to accept.
         log_path: Where its standard error goes; None keeps this process's.
         start_timeout_seconds: Longest wait for the preload.
     """
@@ -30,18 +34,23 @@ class ExecutorServer:
     def __init__(
         self,
         *,
+        host: str = "127.0.0.1",
+        token: str | None = None,
         workers: int = 2,
         preload: Sequence[str] = ("math", "sympy"),
         memory_limit_bytes: int = 1 << 30,
         isolation: str = "auto",
+        min_isolation: str = "basic",
         log_path: Path | None = None,
         start_timeout_seconds: float = 60.0,
     ) -> None:
         self._arguments = [
-            *("serve", "--host", "127.0.0.1", "--port", "0", "--exit-with-parent"),
+            *("serve", "--host", host, "--port", "0", "--exit-with-parent"),
             *("--workers", str(workers), "--preload", ",".join(preload)),
-            *("--memory-limit-bytes", str(memory_limit_bytes), "--isolation", isolation),
+            *("--memory-limit-bytes", str(memory_limit_bytes)),
+            *("--isolation", isolation, "--min-isolation", min_isolation),
         ]
+        self._token = token
         self._log_path = log_path
         self._start_timeout_seconds = start_timeout_seconds
         self._process: asyncio.subprocess.Process | None = None
@@ -60,12 +69,17 @@ class ExecutorServer:
         Raises:
             RuntimeError: it exited, or was not ready in time.
         """
-        path = [str(_PACKAGE_ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+        environment = {name: value for name, value in os.environ.items() if name != TOKEN_VARIABLE}
+        environment["PYTHONPATH"] = os.pathsep.join(
+            [str(_PACKAGE_ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+        )
+        if self._token is not None:
+            environment[TOKEN_VARIABLE] = self._token
         with contextlib.ExitStack() as stack:
             log = None if self._log_path is None else stack.enter_context(self._log_path.open("ab"))
             self._process = await asyncio.create_subprocess_exec(
                 *(sys.executable, "-m", "ztrl_sandbox", *self._arguments),
-                env={**os.environ, "PYTHONPATH": os.pathsep.join(path)},
+                env=environment,
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=asyncio.subprocess.PIPE,
                 stderr=log,

@@ -1,0 +1,159 @@
+"""The bodies of requests and answers, as pydantic models: they check the former and document the latter."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from ztrl_sandbox.protocol import ExecutionRequest, ExecutionResult, Status
+
+MAX_RUN_TIMEOUT_SECONDS = 600.0
+MAX_CODE_CHARACTERS = 1 << 20
+MAX_SESSION_TTL_SECONDS = 24 * 3600.0
+
+
+class ExecuteBody(BaseModel):
+    """One snippet to run."""
+
+    model_config = ConfigDict(
+        extra="forbid",
+        json_schema_extra={"examples": [{"code": "print(6 * 7)", "run_timeout_seconds": 5}]},
+    )
+
+    code: str = Field(description=f"Python source, at most {MAX_CODE_CHARACTERS} characters.")
+    run_timeout_seconds: float = Field(
+        default=20.0,
+        gt=0,
+        le=MAX_RUN_TIMEOUT_SECONDS,
+        description="Wall time; the wait in the queue is free.",
+    )
+    stdin: str | None = Field(default=None, description="Standard input; null is an empty one.")
+    memory_limit_bytes: int | None = Field(
+        default=None, gt=0, description="Lowers the server's limit; a larger value has no effect."
+    )
+    print_last_expression: bool = Field(
+        default=False, description="Print the last expression's value if nothing else was printed."
+    )
+
+    def request(self) -> ExecutionRequest:
+        """As the pool takes it."""
+        return ExecutionRequest(**dict(self))
+
+
+class RunCodeBody(BaseModel):
+    """SandboxFusion's request; its fields that mean nothing for Python are ignored."""
+
+    code: str
+    language: str = Field(default="python", description="Only `python` is supported.")
+    run_timeout: float = Field(default=10.0, gt=0, le=MAX_RUN_TIMEOUT_SECONDS, description="Seconds.")
+    stdin: str | None = None
+    memory_limit_MB: int = Field(default=-1, description="Not positive: the server's limit.")
+    files: dict[str, str | None] = Field(default_factory=dict, description="Not supported: must be empty.")
+    fetch_files: list[str] = Field(default_factory=list, description="Not supported: must be empty.")
+
+    def request(self) -> ExecutionRequest:
+        """As the pool takes it."""
+        return ExecutionRequest(
+            code=self.code,
+            run_timeout_seconds=self.run_timeout,
+            stdin=self.stdin,
+            memory_limit_bytes=self.memory_limit_MB << 20 if self.memory_limit_MB > 0 else None,
+        )
+
+
+class ExecuteAnswer(BaseModel):
+    """What became of one snippet."""
+
+    status: Status = Field(
+        description="`ok`, `error` (exit code other than 0), `timeout`, `memory`, `output_truncated`, `killed` "
+        "(by a signal, or for too many processes), `rejected` (never ran), `sandbox_error` (the executor failed)."
+    )
+    stdout: str = Field(description="The middle of long output is cut and the cut is stated.")
+    stderr: str
+    exit_code: int | None = Field(
+        description="Negative: the signal. Null: it never ran, or nobody saw it end."
+    )
+    run_seconds: float = Field(description="Wall time of the snippet alone.")
+    queue_seconds: float = Field(description="Wait before it started.")
+    cpu_seconds: float
+    peak_memory_bytes: int = Field(description="The preloaded interpreter is included.")
+    message: str = Field(description="For `rejected` and `sandbox_error`: what failed.")
+
+
+class RunCodeAnswer(BaseModel):
+    """SandboxFusion's answer."""
+
+    status: Literal["Success", "Failed", "SandboxError"]
+    message: str
+    compile_result: None
+    run_result: dict[str, Any] | None
+    executor_pod_name: None
+    files: dict[str, str]
+
+
+class HealthAnswer(BaseModel):
+    """What is served, and how well it is isolated."""
+
+    status: Literal["ok"]
+    version: str
+    python: str
+    isolation: str = Field(description="The tier in force: `full`, `user` or `basic`.")
+    isolation_reason: str = Field(description="Why it is this tier.")
+    isolation_layers: list[str] = Field(description="What separates a snippet from the host.")
+    preload: list[str] = Field(description="Modules that snippets find imported already.")
+    limits: dict[str, int] = Field(description="Caps on one snippet.")
+    workers: int = Field(description="Snippets that run at once.")
+    worker_pids: list[int]
+    zygote_pid: int
+    worker_restarts: int = Field(description="Workers replaced because they died.")
+    queued: int = Field(description="Requests that wait for a worker.")
+
+
+class ReadyAnswer(BaseModel):
+    """Whether a snippet could start now."""
+
+    ready: bool
+    workers: int = Field(description="Live workers.")
+
+
+class Refusal(BaseModel):
+    """Why nothing was done."""
+
+    detail: str
+
+
+def native_shape(result: ExecutionResult) -> dict[str, Any]:
+    """The content of an :class:`ExecuteAnswer`."""
+    return dataclasses.asdict(result)
+
+
+def fusion_failure(message: str) -> dict[str, Any]:
+    """The content of a :class:`RunCodeAnswer` for what did not run."""
+    return {
+        "status": "SandboxError",
+        "message": message,
+        "compile_result": None,
+        "run_result": None,
+        "executor_pod_name": None,
+        "files": {},
+    }
+
+
+def fusion_shape(result: ExecutionResult) -> dict[str, Any]:
+    """SandboxFusion has fewer statuses: what it lacks is told by the return code and the standard error."""
+    if result.status.is_infrastructure:
+        return fusion_failure(result.message)
+    timed_out = result.status is Status.TIMEOUT
+    return {
+        **fusion_failure(""),
+        "status": "Success" if result.exit_code == 0 else "Failed",
+        "run_result": {
+            "status": "TimeLimitExceeded" if timed_out else "Finished",
+            "execution_time": result.run_seconds,
+            "return_code": None if timed_out else result.exit_code,
+            "stdout": result.stdout,
+            "stderr": result.stderr,
+        },
+    }
