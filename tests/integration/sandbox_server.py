@@ -8,7 +8,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import ztrl_sandbox
@@ -38,12 +38,15 @@ def running(pid: int) -> bool:
 
 
 class Executor:
-    """``ztrl-sandbox serve`` as a user starts it."""
+    """``ztrl-sandbox serve`` as a user starts it.
 
-    def __init__(self, isolation: str, *options: str) -> None:
+    ``launcher`` is a command that runs the command that follows it (as another user, say), in its own process.
+    """
+
+    def __init__(self, isolation: str, *options: str, launcher: Sequence[str] = ()) -> None:
         command = ["-m", "ztrl_sandbox", "serve", "--port", "0", "--isolation", isolation, *options]
         self.process = subprocess.Popen(
-            [sys.executable, *command], env=ENVIRONMENT, stdout=subprocess.PIPE, text=True
+            [*launcher, sys.executable, *command], env=ENVIRONMENT, stdout=subprocess.PIPE, text=True
         )
         self.isolation = isolation
         self.ready = json.loads(self.process.stdout.readline())
@@ -97,8 +100,8 @@ def available_tiers() -> list[str]:
 
 
 @contextlib.contextmanager
-def executor_with(isolation: str, *options: str) -> Iterator[Executor]:
-    executor = Executor(isolation, *options)
+def executor_with(isolation: str, *options: str, launcher: Sequence[str] = ()) -> Iterator[Executor]:
+    executor = Executor(isolation, *options, launcher=launcher)
     try:
         yield executor
     finally:

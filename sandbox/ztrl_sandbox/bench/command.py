@@ -17,7 +17,7 @@ import aiohttp
 from ztrl_sandbox.bench.driver import Driver, Row
 from ztrl_sandbox.bench.floor import forks_per_second
 from ztrl_sandbox.bench.protocols import PROTOCOLS
-from ztrl_sandbox.process import ExecutorServer
+from ztrl_sandbox.process import TOKEN_VARIABLE, ExecutorServer
 
 _FLOOR_SECONDS = 2.0
 _KEEP_ALIVE_SECONDS = 2.0
@@ -45,7 +45,9 @@ async def main(arguments: argparse.Namespace) -> int:
             await stack.enter_async_context(server)
             url, pid = server.url, server.pid
         connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=_KEEP_ALIVE_SECONDS)
-        session = await stack.enter_async_context(aiohttp.ClientSession(connector=connector))
+        token = os.environ.get(TOKEN_VARIABLE)
+        headers = {"Authorization": f"Bearer {token}"} if token else None
+        session = await stack.enter_async_context(aiohttp.ClientSession(connector=connector, headers=headers))
         setting = {"machine": _machine(), "server": await _describe(session, url)}
         for name, text in setting.items():
             print(f"{name:8} {text}")
@@ -87,7 +89,7 @@ async def _describe(session: aiohttp.ClientSession, url: str) -> str:
         health: Any = await response.json() if ours else None
     if not isinstance(health, dict) or "isolation" not in health:
         return f"at {url}, of another make"
-    layers = health.get("layers") or []
+    layers = health.get("isolation_layers") or []
     return (
         f"Python {health['python']}, tier {health['isolation']} ({health['isolation_reason']}), "
         f"layers {', '.join(layers) or '-'}, {health['workers']} workers, preload {','.join(health['preload'])}"
