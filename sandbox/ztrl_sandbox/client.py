@@ -2,42 +2,30 @@
 
 from __future__ import annotations
 
+import abc
 import asyncio
-import dataclasses
-import random
+from collections.abc import Awaitable, Callable, Collection
 from types import TracebackType
-from typing import Any, Self
+from typing import Self
 
 import aiohttp
 
-from ztrl_sandbox.protocol import ExecutionResult, Status
-
-_CONNECT_TIMEOUT_SECONDS = 10.0
-_BACKOFF_BASE_SECONDS = 0.1
-_BACKOFF_CAP_SECONDS = 5.0
-_RESULT_FIELDS = {field.name for field in dataclasses.fields(ExecutionResult)}
+from ztrl_sandbox.client_session import Session
+from ztrl_sandbox.endpoint import Answer, Deadline, Endpoint, Fault, open_connections, pause_after
+from ztrl_sandbox.memo import Memo
+from ztrl_sandbox.protocol import ExecutionResult
 
 
-class ExecutorClient:
-    """Runs snippets on an executor and retries what is the executor's own failure.
+class Caller(abc.ABC):
+    """What the clients of one and of many executors share: the calls, and when they are made again."""
 
-    A full queue, a refused or broken connection and a ``sandbox_error`` are tried again, ``max_attempts``
-    times in all. If none succeeds the result's status is ``rejected`` or ``sandbox_error``: never ``error``,
-    and never an exception, so a caller cannot mistake it for the snippet's doing.
-
-    Args:
-        url: ``http://host:port``.
-        max_attempts: Tries per snippet.
-        queue_timeout_seconds: Longest wait for an answer beyond the snippet's own time-out.
-    """
-
-    def __init__(self, url: str, *, max_attempts: int = 6, queue_timeout_seconds: float = 300.0) -> None:
+    def __init__(self, *, max_attempts: int, queue_timeout_seconds: float, memo: Memo | None = None) -> None:
         if max_attempts < 1:
             raise ValueError(f"max_attempts must be at least 1, got {max_attempts}")
-        self._url = url.rstrip("/")
-        self._max_attempts = max_attempts
-        self._queue_timeout_seconds = queue_timeout_seconds
-        self._session: aiohttp.ClientSession | None = None
+        self.max_attempts = max_attempts
+        self.queue_timeout_seconds = queue_timeout_seconds
+        self.memo = memo
+        self._http: aiohttp.ClientSession | None = None
 
     async def __aenter__(self) -> Self:
         return self
@@ -49,9 +37,16 @@ class ExecutorClient:
 
     async def close(self) -> None:
         """Close the connections."""
-        if self._session is not None:
-            await self._session.close()
-            self._session = None
+        if self._http is not None:
+            await self._http.close()
+            self._http = None
+
+    @property
+    def http(self) -> aiohttp.ClientSession:
+        """The connections: made on first use, since they belong to the running event loop."""
+        if self._http is None:
+            self._http = open_connections()
+        return self._http
 
     async def execute(
         self,
@@ -61,11 +56,22 @@ class ExecutorClient:
         stdin: str | None = None,
         memory_limit_bytes: int | None = None,
         print_last_expression: bool = False,
+        deadline_seconds: float | None = None,
     ) -> ExecutionResult:
-        """Run ``code``. Cancelling the call kills the snippet.
+        """Run ``code`` in a fresh interpreter. Cancelling the call kills the snippet.
+
+        Args:
+            code: The snippet.
+            run_timeout_seconds: Its time-out, which starts when it does.
+            stdin: Its standard input.
+            memory_limit_bytes: Lowers the executor's limit.
+            print_last_expression: Print the last expression's value if nothing else was printed.
+            deadline_seconds: Time for everything: queues, tries, the snippet. When it runs out the status is
+                ``rejected`` if nothing ran, else ``sandbox_error``, and the snippet is stopped; it is never
+                ``timeout``, which is about the snippet. Nothing is waited for that cannot end in time.
 
         Raises:
-            ValueError: the executor refuses the arguments (say, a time-out above its maximum).
+            ValueError: the executor refuses the arguments (say, a time-out above its maximum) or the token.
         """
         body = {
             "code": code,
@@ -74,50 +80,117 @@ class ExecutorClient:
             "memory_limit_bytes": memory_limit_bytes,
             "print_last_expression": print_last_expression,
         }
-        for attempt in range(1, self._max_attempts + 1):
-            result, retry_after_seconds = await self._attempt(body)
-            if retry_after_seconds is None or attempt == self._max_attempts:
-                break
-            backoff_seconds = min(_BACKOFF_CAP_SECONDS, _BACKOFF_BASE_SECONDS * 2 ** (attempt - 1))
-            # Jitter, so that rejected callers do not all return at once.
-            await asyncio.sleep(max(retry_after_seconds, backoff_seconds) * random.uniform(0.75, 1.25))
+        key = b"" if self.memo is None else self.memo.key(b"", body)
+        if self.memo is not None and (remembered := self.memo.get(key)) is not None:
+            return remembered
+        deadline = Deadline(deadline_seconds)
+        patience_seconds = run_timeout_seconds + self.queue_timeout_seconds
+
+        async def send(endpoint: Endpoint) -> Answer:
+            return await endpoint.request(
+                self.http,
+                "POST",
+                "/v1/execute",
+                body,
+                patience_seconds=patience_seconds,
+                deadline=deadline,
+            )
+
+        answer, _ = await self.send_anywhere(send, deadline)
+        result = answer.result()
+        if self.memo is not None:
+            self.memo.put(key, result)
         return result
 
-    async def _attempt(self, body: dict[str, Any]) -> tuple[ExecutionResult, float | None]:
-        """One try: its result, and the least pause before the next; None when there must not be one."""
-        timeout = aiohttp.ClientTimeout(
-            total=body["run_timeout_seconds"] + self._queue_timeout_seconds,
-            sock_connect=_CONNECT_TIMEOUT_SECONDS,
-        )
-        try:
-            async with self._open_session().post(
-                f"{self._url}/v1/execute", json=body, timeout=timeout
-            ) as response:
-                if response.status == 422:
-                    raise ValueError(
-                        f"the executor at {self._url} refuses the request: {await response.text()}"
-                    )
-                if response.status not in (200, 413, 429):
-                    return _failure(f"HTTP {response.status} from {self._url}"), 0.0
-                result = _parse(await response.json())
-                retry_after_seconds = float(response.headers.get("Retry-After", "0"))
-        except (aiohttp.ClientError, ConnectionError, TimeoutError) as error:
-            return _failure(f"{type(error).__name__} at {self._url}: {error}"), 0.0
-        retry = response.status == 429 or result.status is Status.SANDBOX_ERROR
-        return result, retry_after_seconds if retry else None
+    def session(self, *, ttl_seconds: float | None = None) -> Session:
+        """Code that shares variables, call after call: ``async with client.session() as session``.
 
-    def _open_session(self) -> aiohttp.ClientSession:
-        # Made on first use, since it belongs to the running event loop. No limit: the server queues.
-        if self._session is None:
-            self._session = aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0))
-        return self._session
+        Args:
+            ttl_seconds: The executor ends the session when it is unused for so long; None is its default.
+        """
+        return Session(self, ttl_seconds=ttl_seconds)
+
+    async def send_anywhere(
+        self, send: Callable[[Endpoint], Awaitable[Answer]], deadline: Deadline, *, for_session: bool = False
+    ) -> tuple[Answer, Endpoint | None]:
+        """Make a request that is safe to make twice until an executor serves it, ``max_attempts`` times at most.
+
+        Returns:
+            The last answer, and who gave it; None when none could be asked.
+
+        Raises:
+            ValueError: the executor refuses the arguments or the token, or there is none at its URL.
+        """
+        answer, endpoint = Answer(fault=Fault.OVERLOADED, message="no executor was free in time"), None
+        tried: set[str] = set()
+        for attempt in range(1, self.max_attempts + 1):
+            reserved = await self.reserve(deadline, tried, for_session=for_session)
+            if reserved is None:
+                break
+            endpoint = reserved
+            tried.add(endpoint.url)
+            answer = await send(endpoint)
+            if answer.http_status == 404:
+                raise ValueError(f"no executor of this version answers at {endpoint.url}: {answer.message}")
+            if answer.fault in (None, Fault.LATE):
+                break
+            pause_seconds = pause_after(attempt, self.least_pause_seconds(endpoint, answer, for_session))
+            if attempt == self.max_attempts or pause_seconds >= deadline.remaining_seconds:
+                break
+            await asyncio.sleep(pause_seconds)
+        return answer, endpoint
+
+    @abc.abstractmethod
+    async def reserve(
+        self, deadline: Deadline, tried: Collection[str], *, for_session: bool
+    ) -> Endpoint | None:
+        """The executor to ask next, without a pause before it is asked.
+
+        Args:
+            deadline: Of the call.
+            tried: URLs that this call has asked already.
+            for_session: It is to hold a session.
+
+        Returns:
+            None when there is none in time.
+        """
+
+    @abc.abstractmethod
+    def least_pause_seconds(self, endpoint: Endpoint, answer: Answer, for_session: bool) -> float:
+        """How long a call must wait after a fault of this executor before it asks again."""
 
 
-def _failure(message: str) -> ExecutionResult:
-    return ExecutionResult(status=Status.SANDBOX_ERROR, message=message)
+class ExecutorClient(Caller):
+    """Runs snippets on an executor and retries what is the executor's own failure.
 
+    A full queue, a refused or broken connection and a ``sandbox_error`` are tried again, ``max_attempts``
+    times in all. If none succeeds the result's status is ``rejected`` or ``sandbox_error``: never ``error``,
+    and never an exception, so a caller cannot mistake it for the snippet's doing.
 
-def _parse(payload: dict[str, Any]) -> ExecutionResult:
-    """Fields of a newer server that this client does not know are dropped."""
-    known = {name: value for name, value in payload.items() if name in _RESULT_FIELDS}
-    return ExecutionResult(**{**known, "status": Status(payload["status"])})
+    Args:
+        url: ``http://host:port``.
+        token: Bearer token, if the executor wants one.
+        max_attempts: Tries per snippet.
+        queue_timeout_seconds: Longest wait for an answer beyond the snippet's own time-out.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        token: str | None = None,
+        max_attempts: int = 6,
+        queue_timeout_seconds: float = 300.0,
+    ) -> None:
+        super().__init__(max_attempts=max_attempts, queue_timeout_seconds=queue_timeout_seconds)
+        self.endpoint = Endpoint(url, token=token)
+
+    async def reserve(
+        self, deadline: Deadline, tried: Collection[str], *, for_session: bool
+    ) -> Endpoint | None:
+        """The only one, which queues for itself."""
+        return self.endpoint if deadline.remaining_seconds > 0 else None
+
+    def least_pause_seconds(self, endpoint: Endpoint, answer: Answer, for_session: bool) -> float:
+        """As long as the executor says."""
+        return answer.retry_after_seconds
