@@ -117,13 +117,14 @@ def _health(pool: WorkerPool) -> dict[str, Any]:
         "python": platform.python_version(),
         "isolation": pool.tier.name,
         "isolation_reason": pool.tier.reason,
-        "isolation_layers": list(pool.tier.layers),
+        "isolation_layers": pool.isolation_layers,
         "preload": list(pool.config.preload),
         "limits": dataclasses.asdict(pool.config.limits),
         "workers": pool.config.workers,
         "worker_pids": pool.worker_pids,
         "zygote_pid": pool.zygote_pid,
         "worker_restarts": pool.restarts,
+        "workers_recycled": pool.recycled,
         "queued": pool.queued,
     }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import os
 from collections.abc import Callable
 
@@ -104,8 +105,12 @@ class PipeReader:
         return True
 
     def finish(self) -> None:
-        """Take what is still in the pipe and close it; every writer must be dead."""
-        while self._read():
-            pass
+        """Take what is in the pipe by now and close it.
+
+        Not more than fits into it: a process that a session left behind may be writing without end.
+        """
+        unread_bytes = fcntl.fcntl(self._read_fd, fcntl.F_GETPIPE_SZ)
+        while unread_bytes > 0 and self._read():
+            unread_bytes -= _READ_BYTES
         self._loop.remove_reader(self._read_fd)
         os.close(self._read_fd)

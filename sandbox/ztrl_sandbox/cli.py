@@ -11,7 +11,6 @@ import sys
 from pathlib import Path
 
 from ztrl_sandbox import bench
-from ztrl_sandbox.handles import Tier
 from ztrl_sandbox.pool import TIERS, PoolConfig, WorkerPool
 from ztrl_sandbox.protocol import ExecutionRequest, ExecutionResult, Limits, Status
 
@@ -71,6 +70,9 @@ def _add_pool_options(parser: argparse.ArgumentParser) -> None:
     add("--isolation", default="auto", choices=["auto", *TIERS], help="tier to use; auto is the strongest")
     add("--min-isolation", default=_POOL.min_isolation, choices=TIERS, help="do not start below this tier")
     add("--queue-limit", type=int, default=_POOL.queue_limit, help="requests that may wait; more get 429")
+    add(
+        "--recycle-after", type=int, default=_POOL.recycle_after, help="executions, then a worker is replaced"
+    )
     add("--memory-limit-bytes", type=int, default=_LIMITS.memory_bytes, help="memory of a snippet")
     add("--output-limit-bytes", type=int, default=_LIMITS.output_bytes, help="kept of stdout and of stderr")
     add("--scratch-bytes", type=int, default=_LIMITS.scratch_bytes, help="files of a snippet (not in basic)")
@@ -96,6 +98,7 @@ def _pool_config(arguments: argparse.Namespace, workers: int | None = None) -> P
         isolation=arguments.isolation,
         min_isolation=arguments.min_isolation,
         queue_limit=arguments.queue_limit,
+        recycle_after=arguments.recycle_after,
         limits=Limits(
             memory_bytes=arguments.memory_limit_bytes,
             output_bytes=arguments.output_limit_bytes,
@@ -121,11 +124,14 @@ def _serve(arguments: argparse.Namespace) -> int:
     return 0
 
 
-async def _run_once(arguments: argparse.Namespace, request: ExecutionRequest) -> tuple[ExecutionResult, Tier]:
+async def _run_once(
+    arguments: argparse.Namespace, request: ExecutionRequest
+) -> tuple[ExecutionResult, WorkerPool]:
+    """The result, and the stopped pool that it came from."""
     pool = WorkerPool(_pool_config(arguments, workers=1))
     await pool.start()
     try:
-        return await pool.execute(request), pool.tier
+        return await pool.execute(request), pool
     finally:
         await pool.stop()
 
@@ -136,17 +142,21 @@ def _run(arguments: argparse.Namespace) -> int:
         run_timeout_seconds=arguments.run_timeout_seconds,
         print_last_expression=arguments.print_last_expression,
     )
-    result, tier = asyncio.run(_run_once(arguments, request))
-    isolation = {"isolation": tier.name, "isolation_reason": tier.reason, "isolation_layers": tier.layers}
+    result, pool = asyncio.run(_run_once(arguments, request))
+    isolation = {
+        "isolation": pool.tier.name,
+        "isolation_reason": pool.tier.reason,
+        "isolation_layers": pool.isolation_layers,
+    }
     print(json.dumps({**isolation, **dataclasses.asdict(result)}, indent=2))
     return 0 if result.status is Status.OK else 1
 
 
 def _doctor(arguments: argparse.Namespace) -> int:
     probe = "import os; print(os.getuid(), sum(n.isdigit() for n in os.listdir('/proc')), os.getcwd())"
-    result, tier = asyncio.run(_run_once(arguments, ExecutionRequest(code=probe, run_timeout_seconds=10.0)))
-    print(f"isolation  {tier.name} ({tier.reason})")
-    for layer in tier.layers:
+    result, pool = asyncio.run(_run_once(arguments, ExecutionRequest(code=probe, run_timeout_seconds=10.0)))
+    print(f"isolation  {pool.tier.name} ({pool.tier.reason})")
+    for layer in pool.isolation_layers:
         print(f"           + {layer}")
     print(f"a snippet  {result.status} in {result.run_seconds * 1e3:.1f} ms {result.message}")
     if result.status is not Status.OK:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import json
 import logging
@@ -60,8 +61,10 @@ class _Call:
         loop = asyncio.get_running_loop()
         self.done: asyncio.Future[ExecutionResult] = loop.create_future()
         self.stdout, self.stderr = (
-            PipeReader(limits.output_bytes, limits.flood_bytes, worker.cancel) for _ in range(2)
+            PipeReader(limits.output_bytes, limits.flood_bytes, lambda: worker.cancel(self)) for _ in range(2)
         )
+        self.session_alive = False
+        """Once done: whether the process, and with it the session's variables, lives on."""
 
     def finish(self, report: dict[str, Any] | None, message: str = "") -> None:
         """Resolve with the worker's report; None means that the worker is dead."""
@@ -72,6 +75,7 @@ class _Call:
         if report is None:
             self.done.set_result(_sandbox_error(message))
             return
+        self.session_alive = report["alive"]
         status = self._status(report["reason"], report["exit_code"])
         exit_code = 1 if report["exit_code"] == MEMORY_EXIT_CODE else report["exit_code"]
         self.done.set_result(
@@ -103,17 +107,30 @@ class _Call:
 
 
 class WorkerHandle:
-    """A worker as the server sees it: two sockets, and the call that it runs."""
+    """A worker as the server sees it: two sockets, and the call that it runs.
+
+    Args:
+        slot: Its number, which no other live worker has.
+        limits: Caps on what it runs.
+        on_idle: Called whenever a call has ended and the worker can take another.
+    """
 
     def __init__(self, slot: int, limits: Limits, on_idle: Callable[[WorkerHandle], None]) -> None:
         self.slot = slot
         self.pid = 0
+        self.served = 0
+        """Calls that it has run."""
         self.armed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.closed = asyncio.Event()
+        """It takes no more calls; its process ends, or has ended."""
+        self.due = asyncio.Event()
+        """It should be replaced: it is closed, or has served long enough."""
         self._limits = limits
         self._on_idle = on_idle
         self._call: _Call | None = None
         self._hung: asyncio.TimerHandle | None = None
+        self._retiring = False
+        self._pidfd = -1
         self._loop = asyncio.get_running_loop()
         self._requests, requests = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._control, control = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -122,8 +139,13 @@ class WorkerHandle:
         self._requests.setblocking(False)
         self._loop.add_reader(self._control, self._on_frame)
 
-    def start(self, request: ExecutionRequest) -> _Call:
-        """Hand over a request. The worker must be idle."""
+    def start(self, request: ExecutionRequest, *, keep: bool = False) -> _Call:
+        """Hand over a request. The worker must be idle.
+
+        Args:
+            request: The code and its limits.
+            keep: Run it in the session's process, which stays for more.
+        """
         assert self._call is None
         call = self._call = _Call(self, self._limits)
         memory_bytes = min(request.memory_limit_bytes or self._limits.memory_bytes, self._limits.memory_bytes)
@@ -131,6 +153,7 @@ class WorkerHandle:
             "run_timeout_seconds": request.run_timeout_seconds,
             "memory_bytes": memory_bytes,
             "print_last_expression": request.print_last_expression,
+            "keep": keep,
         }
         # Lone surrogates cannot be encoded strictly; the snippet's own parser shall complain, not the server.
         code_fd = _memory_file(request.code.encode("utf-8", "surrogatepass"))
@@ -155,8 +178,10 @@ class WorkerHandle:
             self._hung = self._loop.call_later(request.run_timeout_seconds + _HUNG_WORKER_SECONDS, self.kill)
         return call
 
-    def cancel(self) -> None:
-        """Kill the running snippet; the worker stays."""
+    def cancel(self, call: _Call) -> None:
+        """Stop the snippet of ``call`` if it still runs; the worker stays."""
+        if call is not self._call:
+            return  # its end has come first, and what runs now is somebody else's
         try:
             self._control.send(json.dumps({"cancel": True}).encode())
         except (BrokenPipeError, ConnectionResetError):
@@ -165,23 +190,54 @@ class WorkerHandle:
     def kill(self) -> None:
         """Kill the worker, which hangs; the snippet dies with it."""
         _logger.error("worker %d (pid %d) hangs and is killed", self.slot, self.pid)
-        os.kill(self.pid, signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):
+            signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
+
+    def retire(self) -> None:
+        """End it as soon as it is idle."""
+        self._retiring = True
+        if self._call is None:
+            self.close()
 
     def close(self) -> None:
         """End the worker: it sees its sockets close, kills its snippet and exits."""
         if not self.closed.is_set():
             self._on_end("the executor is stopping")
 
+    async def ended(self) -> None:
+        """Wait until the process of a closed worker is gone; kill it if it will not go."""
+        if self._pidfd < 0:
+            return  # it died before it was ready
+        try:
+            async with asyncio.timeout(_HUNG_WORKER_SECONDS):
+                await _readable(self._pidfd)
+        except TimeoutError:
+            self.kill()
+            await _readable(self._pidfd)
+        os.close(self._pidfd)
+
     def _on_frame(self) -> None:
         frame = _receive(self._control)
         if frame is None:
             self._on_end("the worker died")
         elif "armed" in frame:
-            self.pid = frame["armed"]
-            self.armed.set_result(None)
+            self._on_armed(frame["armed"])
         else:
+            self.served += 1
             self._end_call(frame)
-            self._on_idle(self)
+            if self._retiring:
+                self.close()
+            else:
+                self._on_idle(self)
+
+    def _on_armed(self, pid: int) -> None:
+        try:
+            self._pidfd = os.pidfd_open(pid)
+        except ProcessLookupError:
+            self._on_end("the worker died")
+        else:
+            self.pid = pid
+            self.armed.set_result(None)
 
     def _end_call(self, report: dict[str, Any] | None, message: str = "") -> None:
         if self._hung is not None:
@@ -196,6 +252,7 @@ class WorkerHandle:
         self._control.close()
         self._requests.close()
         self.closed.set()
+        self.due.set()
         self._end_call(None, message)
         if not self.armed.done():
             self.armed.set_exception(RuntimeError(f"worker {self.slot} ended before it was ready"))
@@ -237,6 +294,10 @@ class ZygoteHandle:
         )
         child_end.close()
         self.pid = self._process.pid
+        self.dead = asyncio.Event()
+        self._pidfd = os.pidfd_open(self.pid)
+        self._loop = asyncio.get_running_loop()
+        self._loop.add_reader(self._pidfd, self._on_death)
 
     async def wait_ready(self) -> Tier:
         """Wait until it has imported everything; returns the isolation tier in force.
@@ -244,11 +305,7 @@ class ZygoteHandle:
         Raises:
             ValueError: it cannot: a module of ``preload`` or the isolation tier is not available.
         """
-        readable = asyncio.Event()
-        loop = asyncio.get_running_loop()
-        loop.add_reader(self._socket, readable.set)
-        await readable.wait()
-        loop.remove_reader(self._socket)
+        await _readable(self._socket.fileno())
         frame = _receive(self._socket) or {"error": "it died while it started"}
         if "error" in frame:
             raise ValueError(f"the zygote cannot start: {frame['error']}")
@@ -258,9 +315,11 @@ class ZygoteHandle:
             layers=tuple(frame.get("layers", ())),
         )
 
-    def spawn(self, worker: WorkerHandle) -> None:
-        """Fork a worker. Raises ``OSError`` when the zygote is dead."""
+    def spawn(self, worker: WorkerHandle, cgroup_fd: int | None) -> None:
+        """Fork a worker, which joins the cgroup if there is one. Raises ``OSError`` when the zygote is dead."""
         fds = [end.fileno() for end in worker.worker_ends]
+        if cgroup_fd is not None:
+            fds.append(cgroup_fd)
         socket.send_fds(self._socket, [json.dumps({"spawn": worker.slot}).encode()], fds)
 
     @property
@@ -271,7 +330,24 @@ class ZygoteHandle:
     async def close(self) -> None:
         """End it, and wait until it is gone."""
         self._socket.close()
-        await asyncio.to_thread(self._process.wait)
+        await self.dead.wait()
+        self._process.wait()
+
+    def _on_death(self) -> None:
+        self._loop.remove_reader(self._pidfd)
+        os.close(self._pidfd)
+        self.dead.set()
+
+
+async def _readable(fd: int) -> None:
+    """Wait until ``fd`` can be read; a pidfd can once its process has ended."""
+    loop = asyncio.get_running_loop()
+    event = asyncio.Event()
+    loop.add_reader(fd, event.set)
+    try:
+        await event.wait()
+    finally:
+        loop.remove_reader(fd)
 
 
 def _memory_file(data: bytes) -> int:

@@ -36,7 +36,8 @@ class Metrics:
             ("queued", "Requests waiting for a worker.", lambda: pool.queued),
             ("idle_workers", "Workers waiting for a request.", lambda: pool.idle),
             ("workers", "Live workers.", lambda: len(pool.worker_pids)),
-            ("worker_restarts", "Workers replaced since the start.", lambda: pool.restarts),
+            ("worker_restarts", "Workers replaced because they died.", lambda: pool.restarts),
+            ("workers_recycled", "Workers replaced after long service.", lambda: pool.recycled),
         ):
             Gauge(f"ztrl_sandbox_{name}", text, registry=self.registry).set_function(read)
 

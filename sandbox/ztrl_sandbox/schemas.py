@@ -108,6 +108,7 @@ class HealthAnswer(BaseModel):
     worker_pids: list[int]
     zygote_pid: int
     worker_restarts: int = Field(description="Workers replaced because they died.")
+    workers_recycled: int = Field(description="Workers replaced because they had served long enough.")
     queued: int = Field(description="Requests that wait for a worker.")
 
 

@@ -41,27 +41,38 @@ class Executor:
     """``ztrl-sandbox serve`` as a user starts it.
 
     ``launcher`` is a command that runs the command that follows it (as another user, say), in its own process.
+    ``token`` is what the server asks for and what is sent to it.
     """
 
-    def __init__(self, isolation: str, *options: str, launcher: Sequence[str] = ()) -> None:
+    def __init__(
+        self, isolation: str, *options: str, launcher: Sequence[str] = (), token: str | None = None
+    ) -> None:
         command = ["-m", "ztrl_sandbox", "serve", "--port", "0", "--isolation", isolation, *options]
         self.process = subprocess.Popen(
-            [*launcher, sys.executable, *command], env=ENVIRONMENT, stdout=subprocess.PIPE, text=True
+            [*launcher, sys.executable, *command],
+            env=ENVIRONMENT | ({} if token is None else {"ZTRL_SANDBOX_TOKEN": token}),
+            stdout=subprocess.PIPE,
+            text=True,
         )
+        self.headers = {} if token is None else {"Authorization": f"Bearer {token}"}
         self.isolation = isolation
         self.ready = json.loads(self.process.stdout.readline())
         self.url = self.ready["url"]
 
-    def post(self, path: str, **body) -> tuple[int, dict, dict]:
-        request = urllib.request.Request(
-            self.url + path, json.dumps(body).encode(), {"Content-Type": "application/json"}
-        )
+    def request(self, method: str, path: str, body: dict | None = None) -> tuple[int, dict, dict]:
+        """Status, JSON answer (empty if there is none) and headers."""
+        data = None if body is None else json.dumps(body).encode()
+        headers = self.headers | ({} if body is None else {"Content-Type": "application/json"})
+        request = urllib.request.Request(self.url + path, data, headers, method=method)
         try:
             with urllib.request.urlopen(request, timeout=60) as response:
-                return response.status, json.load(response), dict(response.headers)
+                return response.status, json.loads(response.read() or b"{}"), dict(response.headers)
         except urllib.error.HTTPError as error:
             with error:
                 return error.code, json.load(error), dict(error.headers)
+
+    def post(self, path: str, **body) -> tuple[int, dict, dict]:
+        return self.request("POST", path, body)
 
     def execute(self, code: str, run_timeout_seconds: float = 20.0, **options) -> dict:
         status, result, _ = self.post(
@@ -71,8 +82,9 @@ class Executor:
         return result
 
     def get(self, path: str) -> dict:
-        with urllib.request.urlopen(self.url + path, timeout=10) as response:
-            return json.load(response)
+        status, answer, _ = self.request("GET", path)
+        assert status == 200, answer
+        return answer
 
     def settled(self) -> bool:
         """Whether the process tree is the zygote, the workers and one armed snippet process each."""
@@ -100,8 +112,10 @@ def available_tiers() -> list[str]:
 
 
 @contextlib.contextmanager
-def executor_with(isolation: str, *options: str, launcher: Sequence[str] = ()) -> Iterator[Executor]:
-    executor = Executor(isolation, *options, launcher=launcher)
+def executor_with(
+    isolation: str, *options: str, launcher: Sequence[str] = (), token: str | None = None
+) -> Iterator[Executor]:
+    executor = Executor(isolation, *options, launcher=launcher, token=token)
     try:
         yield executor
     finally:
