@@ -7,9 +7,10 @@ import time
 from pathlib import Path
 
 import pytest
+import uvicorn
 import ztrl_sandbox
 from ztrl_sandbox.client import ExecutorClient
-from ztrl_sandbox.endpoint import pause_after
+from ztrl_sandbox.endpoint import KEEPALIVE_SECONDS, pause_after
 from ztrl_sandbox.protocol import Status
 
 OK = {"status": "ok", "stdout": "out", "exit_code": 0, "a_newer_servers": "field"}
@@ -120,6 +121,10 @@ def test_pauses_double_up_to_a_cap_and_jitter_by_a_quarter():
     for attempt, seconds in [(1, 0.1), (2, 0.2), (5, 1.6), (7, 5.0), (10**6, 5.0)]:
         assert 0.75 * seconds <= pause_after(attempt) <= 1.25 * seconds
     assert pause_after(1, at_least_seconds=8.0) >= 6.0
+
+
+def test_an_idle_connection_is_dropped_before_the_executor_drops_it():
+    assert uvicorn.Config(None).timeout_keep_alive > KEEPALIVE_SECONDS
 
 
 # Deadlines
