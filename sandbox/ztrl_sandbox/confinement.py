@@ -10,19 +10,17 @@ import os
 
 from ztrl_sandbox import linux
 
-_DENIED = """
-    ptrace process_vm_readv process_vm_writev process_madvise process_mrelease pidfd_getfd kcmp
-    mount umount2 pivot_root chroot mount_setattr move_mount open_tree fsopen fsconfig fsmount fspick
-    unshare setns name_to_handle_at open_by_handle_at quotactl quotactl_fd fanotify_init
-    keyctl add_key request_key bpf perf_event_open userfaultfd lookup_dcookie
-    io_uring_setup io_uring_enter io_uring_register
-    init_module finit_module delete_module kexec_load kexec_file_load reboot swapon swapoff acct syslog
-    settimeofday clock_settime clock_adjtime adjtimex sethostname setdomainname vhangup
-    iopl ioperm modify_ldt personality uselib ioprio_set
-    move_pages migrate_pages mbind set_mempolicy
-    shmget shmat shmctl shmdt semget semop semtimedop semctl msgget msgsnd msgrcv msgctl
-    mq_open mq_unlink memfd_create memfd_secret
-""".split()
+_DENIED = (
+    "ptrace process_vm_readv process_vm_writev process_madvise process_mrelease pidfd_getfd kcmp mount "
+    "umount2 pivot_root chroot mount_setattr move_mount open_tree fsopen fsconfig fsmount fspick unshare "
+    "setns name_to_handle_at open_by_handle_at quotactl quotactl_fd fanotify_init keyctl add_key "
+    "request_key bpf perf_event_open userfaultfd lookup_dcookie io_uring_setup io_uring_enter "
+    "io_uring_register init_module finit_module delete_module kexec_load kexec_file_load reboot swapon "
+    "swapoff acct syslog settimeofday clock_settime clock_adjtime adjtimex sethostname setdomainname "
+    "vhangup iopl ioperm modify_ldt personality uselib ioprio_set move_pages migrate_pages mbind "
+    "set_mempolicy shmget shmat shmctl shmdt semget semop semtimedop semctl msgget msgsnd msgrcv msgctl "
+    "mq_open mq_unlink memfd_create memfd_secret "
+)
 """Kernel surface that mathematics does not need, and memory that no limit of ours would count.
 
 A denylist that answers EPERM: an allowlist kills honest programs with SIGSYS whenever a library changes.
@@ -65,7 +63,7 @@ def install_seccomp() -> None:
 
     deny = seccomp.ERRNO(errno.EPERM)
     rules = seccomp.SyscallFilter(seccomp.ALLOW)
-    for name in _DENIED:
+    for name in _DENIED.split():
         if seccomp.resolve_syscall(seccomp.Arch.NATIVE, name) != _UNKNOWN_SYSCALL:
             rules.add_rule(deny, name)
     for name, index in _ONLY_ON_ITSELF.items():
@@ -80,7 +78,9 @@ def install_seccomp() -> None:
     rules.load()
 
 
-_EXECUTE, _WRITE_FILE, _READ_FILE, _READ_DIR, _TRUNCATE, _IOCTL_DEV = (1 << bit for bit in (0, 1, 2, 3, 14, 15))
+_EXECUTE, _WRITE_FILE, _READ_FILE, _READ_DIR, _TRUNCATE, _IOCTL_DEV = (
+    1 << bit for bit in (0, 1, 2, 3, 14, 15)
+)
 _READ = _EXECUTE | _READ_FILE | _READ_DIR
 _FS_ACCESSES_BY_ABI = (0, 13, 14, 15, 15, 16)
 """How many access bits each Landlock version knows; later ones know as many as the last."""
@@ -100,7 +100,12 @@ def install_landlock(writable: str) -> bool:
         return False
     handled = (1 << _FS_ACCESSES_BY_ABI[min(abi, len(_FS_ACCESSES_BY_ABI) - 1)]) - 1
     device = (_READ | _WRITE_FILE | _TRUNCATE | _IOCTL_DEV) & handled
-    allowed = {"/": _READ, "/dev": device, "/proc": (_READ | _WRITE_FILE | _TRUNCATE) & handled, writable: handled}
+    allowed = {
+        "/": _READ,
+        "/dev": device,
+        "/proc": (_READ | _WRITE_FILE | _TRUNCATE) & handled,
+        writable: handled,
+    }
     linux.landlock(handled, _SCOPE_ALL if abi >= _SCOPE_ABI else 0, allowed)
     return True
 

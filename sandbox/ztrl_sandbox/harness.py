@@ -36,24 +36,31 @@ class _CountingStdout(io.FileIO):
         return super().write(data)
 
 
-def apply_rlimits(limits: Limits, memory_bytes: int, run_timeout_seconds: float | None) -> None:
-    """Lower this process's resource limits; ``memory_bytes`` comes on top of what is mapped already.
+def apply_common_rlimits(limits: Limits) -> None:
+    """Lower the limits that worker and snippets share."""
+    for kind, value in (
+        (resource.RLIMIT_FSIZE, limits.file_bytes),
+        (resource.RLIMIT_NOFILE, limits.open_files),
+        (resource.RLIMIT_CORE, 0),
+    ):
+        resource.setrlimit(kind, (value, value))
+
+
+def mapped_bytes() -> int:
+    """Address space of this process."""
+    with open("/proc/self/statm") as statm:
+        return int(statm.read().split()[0]) * resource.getpagesize()
+
+
+def apply_rlimits(address_space_bytes: int, run_timeout_seconds: float | None) -> None:
+    """Lower the limits of one snippet.
 
     ``run_timeout_seconds`` is None for a session, whose process runs many pieces of code.
     """
-    with open("/proc/self/statm") as statm:
-        mapped_bytes = int(statm.read().split()[0]) * resource.getpagesize()
-    address_space = mapped_bytes + memory_bytes
-    # A backstop: the worker's clock normally comes first.
-    cpu_seconds = resource.RLIM_INFINITY if run_timeout_seconds is None else int(run_timeout_seconds) + 2
-    for kind, soft, hard in (
-        (resource.RLIMIT_AS, address_space, address_space + _HEADROOM_BYTES),
-        (resource.RLIMIT_CPU, cpu_seconds, cpu_seconds),
-        (resource.RLIMIT_FSIZE, limits.file_bytes, limits.file_bytes),
-        (resource.RLIMIT_NOFILE, limits.open_files, limits.open_files),
-        (resource.RLIMIT_CORE, 0, 0),
-    ):
-        resource.setrlimit(kind, (soft, hard))
+    resource.setrlimit(resource.RLIMIT_AS, (address_space_bytes, address_space_bytes + _HEADROOM_BYTES))
+    if run_timeout_seconds is not None:  # a backstop: the worker's clock normally comes first
+        cpu_seconds = int(run_timeout_seconds) + 2
+        resource.setrlimit(resource.RLIMIT_CPU, (cpu_seconds, cpu_seconds))
 
 
 def read_all(fd: int) -> bytes:
@@ -61,22 +68,43 @@ def read_all(fd: int) -> bytes:
     return os.pread(fd, os.fstat(fd).st_size, 0)
 
 
-def connect_streams(stdin_fd: int, stdout_fd: int, stderr_fd: int) -> None:
-    """Make these the standard streams."""
-    for target, fd in enumerate((stdin_fd, stdout_fd, stderr_fd)):
-        os.dup2(fd, target)
-    sys.stdin = io.TextIOWrapper(io.BufferedReader(io.FileIO(0, "rb", closefd=False)), encoding="utf-8")
-    # Line buffering: what was printed before a time-out must not be lost.
-    sys.stdout = io.TextIOWrapper(
-        io.BufferedWriter(_CountingStdout(1, "wb", closefd=False)), encoding="utf-8", line_buffering=True
-    )
-    sys.stderr = io.TextIOWrapper(
-        io.BufferedWriter(io.FileIO(2, "wb", closefd=False)),
-        encoding="utf-8",
-        errors="backslashreplace",
-        line_buffering=True,
-    )
-    sys.__stdin__, sys.__stdout__, sys.__stderr__ = sys.stdin, sys.stdout, sys.stderr
+class Streams:
+    """Standard streams for code to come, made before it comes: they refer to descriptors 0, 1 and 2.
+
+    The descriptors must be pipes or files of the kind that they will be when the code runs.
+    """
+
+    def __init__(self) -> None:
+        stdin = io.BufferedReader(io.FileIO(0, "rb", closefd=False))
+        self._stdin = io.TextIOWrapper(stdin, encoding="utf-8")
+        # Line buffering: what was printed before a time-out must not be lost.
+        stdout = io.BufferedWriter(_CountingStdout(1, "wb", closefd=False))
+        self._stdout = io.TextIOWrapper(stdout, encoding="utf-8", line_buffering=True)
+        stderr = io.BufferedWriter(io.FileIO(2, "wb", closefd=False))
+        self._stderr = io.TextIOWrapper(
+            stderr, encoding="utf-8", errors="backslashreplace", line_buffering=True
+        )
+
+    @classmethod
+    def ahead_of_time(cls) -> Streams:
+        """Made in the worker, whose own descriptors 0 to 2 are other kinds of files."""
+        own = [os.dup(fd) for fd in range(3)]
+        reader, writer = os.pipe()
+        for target, fd in enumerate((reader, writer, writer)):
+            os.dup2(fd, target)
+        streams = cls()
+        for target, fd in enumerate(own):
+            os.dup2(fd, target)
+        for fd in (*own, reader, writer):
+            os.close(fd)
+        return streams
+
+    def connect(self, stdin_fd: int, stdout_fd: int, stderr_fd: int) -> None:
+        """Make these descriptors the standard streams."""
+        for target, fd in enumerate((stdin_fd, stdout_fd, stderr_fd)):
+            os.dup2(fd, target)
+        sys.stdin, sys.stdout, sys.stderr = self._stdin, self._stdout, self._stderr
+        sys.__stdin__, sys.__stdout__, sys.__stderr__ = sys.stdin, sys.stdout, sys.stderr
 
 
 def run(source: bytes, *, print_last_expression: bool) -> int:
@@ -88,9 +116,7 @@ def run(source: bytes, *, print_last_expression: bool) -> int:
     return exit_code or shutdown_code
 
 
-def run_session(
-    requests: socket.socket, ended_fd: int, options: dict[str, Any], fds: Sequence[int]
-) -> int:
+def run_session(requests: socket.socket, ended_fd: int, options: dict[str, Any], fds: Sequence[int]) -> int:
     """Run one piece of code after the other in one ``__main__``, until the server ends the session.
 
     After each, one byte, its exit code, goes to ``ended_fd``. SIGINT stops the code that runs, nothing else.
@@ -123,7 +149,7 @@ def run_session(
     signal.signal(signal.SIGINT, interrupt)
     while True:
         source = read_all(fds[0])
-        connect_streams(*fds[1:])
+        Streams().connect(*fds[1:])
         for fd in fds:
             os.close(fd)
         os.write(ended_fd, bytes([_guarded(cell, may_exit=True)]))
@@ -152,9 +178,12 @@ def _execute(source: bytes, main: types.ModuleType, print_last_expression: bool)
     stdout = sys.stdout
     lines = source.decode("utf-8", "replace").splitlines(keepends=True)
     linecache.cache[_FILENAME] = (len(source), None, lines, _FILENAME)
+    if not print_last_expression:
+        exec(compile(source, _FILENAME, "exec", dont_inherit=True), main.__dict__)
+        return
     tree = ast.parse(source, _FILENAME)
     last = None
-    if print_last_expression and tree.body and isinstance(tree.body[-1], ast.Expr):
+    if tree.body and isinstance(tree.body[-1], ast.Expr):
         last = ast.Expression(tree.body.pop().value)
     exec(compile(tree, _FILENAME, "exec", dont_inherit=True), main.__dict__)
     if last is None:

@@ -96,17 +96,20 @@ def exit_after(work: Callable[[], object]) -> NoReturn:
         os._exit(exit_code)
 
 
-def become(uid: int, limits: Limits) -> None:
+def become(uid: int) -> None:
     """Change to a user of its own, who has no capabilities."""
-    resource.setrlimit(resource.RLIMIT_NPROC, (limits.processes, limits.processes))
     os.setgroups([])
     os.setresgid(uid, uid, uid)
     os.setresuid(uid, uid, uid)
 
 
-def use_scratch(work_dir: str, temporary_dir: str) -> None:
-    """Start in ``work_dir`` and put temporary files into ``temporary_dir``."""
-    os.chdir(work_dir)
+def limit_processes(limits: Limits) -> None:
+    """Let the kernel count the user's processes; it does not for root."""
+    resource.setrlimit(resource.RLIMIT_NPROC, (limits.processes, limits.processes))
+
+
+def announce_scratch(work_dir: str, temporary_dir: str) -> None:
+    """Name the directories that snippets may write to, in the environment that they inherit."""
     os.environ["HOME"] = work_dir
     os.environ["TMPDIR"] = temporary_dir
     tempfile.tempdir = None  # forget what a preloaded module may have looked up
@@ -143,6 +146,7 @@ class BasicIsolation(Isolation):
         linux.prctl(linux.PR_SET_CHILD_SUBREAPER, 1)
         linux.prctl(linux.PR_SET_NO_NEW_PRIVS, 1)
         self._make_scratch(slot)
+        announce_scratch(str(slot.scratch_dir), str(slot.scratch_dir))
 
     def _make_scratch(self, slot: Slot) -> None:
         slot.scratch_dir.mkdir(mode=0o700)
@@ -153,13 +157,14 @@ class BasicIsolation(Isolation):
         worker = os.getppid()
         os.setsid()
         if self._change_uid:
-            become(slot.uid, slot.limits)
+            limit_processes(slot.limits)
+            become(slot.uid)
         # The zygote is not dumpable; without it /proc/self is closed to the snippet.
         linux.prctl(linux.PR_SET_DUMPABLE, 1)
         linux.prctl(linux.PR_SET_PDEATHSIG, signal.SIGKILL)
         if os.getppid() != worker:
             os._exit(1)  # the worker died before the line above took effect
-        use_scratch(str(slot.scratch_dir), str(slot.scratch_dir))
+        os.chdir(slot.scratch_dir)
 
     def processes(self) -> list[int]:
         return proctree.descendants(os.getpid())

@@ -40,8 +40,6 @@ _WATCH_INTERVAL_SECONDS = 0.05
 """How often memory and process counts of a running snippet are read."""
 _INTERRUPT_GRACE_SECONDS = 0.5
 """How long a session's code may take to stop at a ``KeyboardInterrupt`` before the session is killed."""
-_REQUESTS_FD, _ENDED_FD = 3, 4
-"""Of a snippet process, until its code arrives."""
 
 
 @dataclass(slots=True)
@@ -89,11 +87,14 @@ class Worker:
         self._control = control
         self._memory = memory
         self._tree_bytes = 0
+        self._streams = harness.Streams.ahead_of_time()
+        self._mapped_bytes = harness.mapped_bytes()
 
     def run(self) -> None:
         """Serve until the server closes ``control``."""
         pid_outside = int(os.readlink("/proc/self"))  # before this becomes another process table
         self._isolation.confine(self._slot)
+        harness.apply_common_rlimits(self._slot.limits)
         gc.freeze()
         linux.collapse_writable_memory()
         armed = self._arm()
@@ -144,27 +145,23 @@ class Worker:
     def _be_snippet(self, ended: int) -> int:
         self._control.close()
         self._isolation.enter(self._slot)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        # Everything else inherited goes before any code arrives. The two may lie in each other's place.
-        spare = os.dup(ended)
-        os.dup2(self._requests.fileno(), _REQUESTS_FD)
-        os.dup2(spare, _ENDED_FD)
-        os.closerange(_ENDED_FD + 1, 1 << 20)
-        self._requests.detach()
-        requests = socket.socket(fileno=_REQUESTS_FD)
-        message, fds, _, _ = socket.recv_fds(requests, _FRAME_BYTES, 4, socket.MSG_CMSG_CLOEXEC)
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # the worker ignores it
+        # Everything else inherited goes before any code arrives.
+        kept = sorted((self._requests.fileno(), ended))
+        for low, high in zip((2, *kept), (*kept, 1 << 20), strict=True):
+            os.closerange(low + 1, high)
+        message, fds, _, _ = socket.recv_fds(self._requests, _FRAME_BYTES, 4, socket.MSG_CMSG_CLOEXEC)
         if not message:
             return 0
         options = json.loads(message)
         keep = options.get("keep", False)
         timeout_seconds = None if keep else options["run_timeout_seconds"]
-        harness.apply_rlimits(self._slot.limits, options["memory_bytes"], timeout_seconds)
+        harness.apply_rlimits(self._mapped_bytes + options["memory_bytes"], timeout_seconds)
         if keep:
-            return harness.run_session(requests, _ENDED_FD, options, fds)
+            return harness.run_session(self._requests, ended, options, fds)
         source = harness.read_all(fds[0])
-        harness.connect_streams(*fds[1:])
-        requests.detach()
-        os.closerange(_REQUESTS_FD, 1 << 20)
+        self._streams.connect(*fds[1:])
+        os.closerange(3, 1 << 20)
         return harness.run(source, print_last_expression=options["print_last_expression"])
 
     def _await_start(self, armed: _Armed) -> _Running | None:
@@ -255,7 +252,9 @@ class Worker:
 
     def _report_alive(self, armed: _Armed, reason: str | None, running: _Running) -> dict[str, Any]:
         code = os.read(armed.ended_fd, 1)
-        if not code:  # it is about to die, or its code closed the pipe and nobody will tell when the next ends
+        if (
+            not code
+        ):  # it is about to die, or its code closed the pipe and nobody will tell when the next ends
             poller = select.poll()
             poller.register(armed.pidfd, select.POLLIN)
             died = poller.poll(1000 * _INTERRUPT_GRACE_SECONDS)
