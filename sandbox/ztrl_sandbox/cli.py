@@ -1,4 +1,4 @@
-"""``ztrl-sandbox serve | run FILE | bench | doctor``."""
+"""``ztrl-sandbox serve | run FILE | bench | doctor | nginx-config URL...``."""
 
 from __future__ import annotations
 
@@ -56,6 +56,11 @@ def _parser() -> argparse.ArgumentParser:
 
     doctor = commands.add_parser("doctor", parents=[pool], help="what this machine can isolate")
     doctor.set_defaults(command=_doctor)
+
+    nginx = commands.add_parser("nginx-config", help="an nginx configuration in front of many executors")
+    nginx.add_argument("urls", nargs="+", metavar="URL", help="http://host:port of an executor")
+    nginx.add_argument("--listen", default="127.0.0.1:8000", help="address and port of nginx")
+    nginx.set_defaults(command=_nginx_config)
     return parser
 
 
@@ -163,4 +168,11 @@ def _doctor(arguments: argparse.Namespace) -> int:
         return 1
     uid, visible_processes, directory = result.stdout.split()
     print(f"it sees    uid {uid}, {visible_processes} processes, working directory {directory}")
+    return 0
+
+
+def _nginx_config(arguments: argparse.Namespace) -> int:
+    from ztrl_sandbox.nginx import nginx_config  # aiohttp takes a moment to load
+
+    print(nginx_config(arguments.urls, listen=arguments.listen), end="")
     return 0

@@ -39,7 +39,7 @@ class ScriptedExecutor:
 
     async def start(self) -> "ScriptedExecutor":
         """Again on the same port after a stop."""
-        app = web.Application()
+        app = web.Application(client_max_size=64 << 20)
         app.router.add_get("/ready", self._ready)
         app.router.add_route("*", "/{path:.*}", self._handle)
         self._runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=0.1)
