@@ -178,17 +178,19 @@ def _sandbox() -> Finding:
             cost="no code is executed, unless sandbox.url names a running executor",
             fix="pip install -e .",
         )
-    from ztrl_sandbox import isolation
+    from ztrl_sandbox import tiers
 
-    tier, reason = isolation.choose("auto")
-    if isinstance(tier, isolation.NamespaceIsolation):
-        return Finding(name="sandbox", state=State.OK, found=f"isolation tier {tier.name}")
+    tier, reason = tiers.choose("auto")
+    found = f"isolation tier {tier.name} ({reason})"
+    if tier.name != "basic":
+        return Finding(name="sandbox", state=State.OK, found=found)
     return Finding(
         name="sandbox",
         state=State.LIMITED,
-        found=f"isolation tier {tier.name} ({reason})",
+        found=found,
         cost="snippets see the host's files and network",
-        fix="run as root with CAP_SYS_ADMIN (docker: --cap-add SYS_ADMIN --security-opt seccomp=unconfined)",
+        fix="allow user namespaces, or run as root with CAP_SYS_ADMIN (docker: --cap-add SYS_ADMIN"
+        " --security-opt seccomp=unconfined --security-opt apparmor=unconfined)",
     )
 
 

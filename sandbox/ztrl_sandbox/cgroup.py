@@ -94,7 +94,7 @@ class SlotMemory:
 
 def _own_cgroup() -> tuple[Path, int]:
     """The directory of this process's memory cgroup, and the version of its interface."""
-    controllers = {}
+    controllers: dict[str, str] = {}
     for line in Path("/proc/self/cgroup").read_text().splitlines():
         _, names, path = line.split(":", 2)
         controllers |= dict.fromkeys(names.split(","), path.lstrip("/"))

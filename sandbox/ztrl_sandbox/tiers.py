@@ -17,7 +17,7 @@ def choose(requested: str) -> tuple[Isolation, str]:
     names = [tier.name for tier in _STRONGEST_FIRST]
     if requested not in ("auto", *names):
         raise ValueError(f"isolation: unknown tier {requested!r}; use auto, {', '.join(names)}")
-    obstacles = []
+    obstacles: list[str] = []
     for kind in _STRONGEST_FIRST:
         if requested not in ("auto", kind.name):
             continue
