@@ -25,6 +25,7 @@ SMALL = (
     "eval.interval_env_iterations=[]",
     "logging.tensorboard=false",
 )
+GREEDY = ("eval.temperature=0",)
 
 
 def ztrl(*arguments, **kwargs):
@@ -67,7 +68,7 @@ def marker(tmp_path, monkeypatch):
 
 def test_a_synchronous_run_trains_on_policy_publishes_and_exports(tmp_path, marker):
     run = tmp_path / "run"
-    process = ztrl("train", str(QUICKSTART), f"run.directory={run}", "train.num_steps=3", *SMALL)
+    process = ztrl("train", str(QUICKSTART), f"run.directory={run}", "train.num_steps=3", *SMALL, *GREEDY)
     output, _ = process.communicate(timeout=300)
     assert process.returncode == 0, output
     train = rows(run, "train")
@@ -82,6 +83,24 @@ def test_a_synchronous_run_trains_on_policy_publishes_and_exports(tmp_path, mark
         "model.safetensors",
         "tokenizer.json",
     }
+    assert_nothing_left(marker)
+
+    # What was exported answers as the engines answered after the last publish: greedy, token by token.
+    evaluation = tmp_path / "evaluation"
+    process = ztrl(
+        "eval",
+        str(QUICKSTART),
+        f"run.directory={evaluation}",
+        f"model.path={run / 'policy'}",
+        *SMALL,
+        *GREEDY,
+    )
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output
+    measured = json.loads((evaluation / "eval.json").read_text())["2"]
+    of_the_run = rows(run, "eval")[-1]
+    assert measured["arithmetic_held_out/response_tokens"] > 0
+    assert {f"eval/{key}": value for key, value in measured.items()}.items() <= of_the_run.items()
     assert_nothing_left(marker)
 
 
