@@ -27,12 +27,19 @@ from ztrl_sandbox.schemas import (
     Refusal,
     RunCodeAnswer,
     RunCodeBody,
+    SessionAnswer,
+    SessionBody,
+    SessionExecuteAnswer,
+    SessionExecuteBody,
     fusion_failure,
     fusion_shape,
     native_shape,
 )
+from ztrl_sandbox.sessions import SessionsBusyError, SessionTable, UnknownSessionError
 
 MAX_BODY_BYTES = 64 << 20
+_RESTART_SECONDS = 1
+"""How long it may take until workers can be started again."""
 
 _DESCRIPTION = """Runs Python that a language model wrote, each snippet in a fresh, isolated process.
 
@@ -42,30 +49,34 @@ the snippet. A client that hangs up stops its snippet."""
 Answers = dict[int | str, dict[str, Any]]
 
 REFUSED: Answers = {413: {"model": ExecuteAnswer, "description": "The code or the whole body is too large."}}
+_RETRY_AFTER = {
+    "Retry-After": {"description": "Seconds until a try is worth it.", "schema": {"type": "integer"}}
+}
 BUSY: Answers = {
-    429: {
-        "model": ExecuteAnswer,
-        "description": "The queue is full; nothing ran.",
-        "headers": {
-            "Retry-After": {"description": "Seconds until a try is worth it.", "schema": {"type": "integer"}}
-        },
-    }
+    429: {"model": ExecuteAnswer, "description": "The queue is full; nothing ran.", "headers": _RETRY_AFTER}
+}
+_UNKNOWN_SESSION: Answers = {
+    404: {"model": Refusal, "description": "No such session, or no longer; `detail` says which and why."}
+}
+_NO_SESSION_NOW: Answers = {
+    429: {"model": Refusal, "description": "Every session is in use.", "headers": _RETRY_AFTER},
+    503: {"model": Refusal, "description": "No worker can be started.", "headers": _RETRY_AFTER},
 }
 _UNAUTHORIZED: Answers = {401: {"model": Refusal, "description": "The bearer token is missing or wrong."}}
 
 
-def create_app(pool: WorkerPool, token: str | None = None) -> ASGIApp:
-    """The application around a pool that the caller starts and stops; ``token`` is asked for if given."""
+def create_app(pool: WorkerPool, sessions: SessionTable, metrics: Metrics, token: str | None) -> ASGIApp:
+    """The application around what the caller starts and stops; ``token`` is asked for if given."""
     app = FastAPI(
         title="ztrl-sandbox", version=__version__, description=_DESCRIPTION, redoc_url=None, docs_url="/docs"
     )
-    metrics = Metrics(pool)
     guarded: dict[str, Any] = {}
     if token is not None:
         # Documents the token; what asks for it is the middleware, which does so before a body is read.
         guarded = {"dependencies": [Security(HTTPBearer(auto_error=False))], "responses": _UNAUTHORIZED}
     _add_execution(app, pool, metrics, guarded)
-    _add_state(app, pool, metrics, guarded)
+    _add_sessions(app, sessions, metrics, guarded)
+    _add_state(app, pool, sessions, metrics, guarded)
     app.add_exception_handler(_BodyTooLargeError, _refuse_body)
     limited = _BodyLimit(app)
     return limited if token is None else BearerAuth(limited, token)
@@ -87,11 +98,78 @@ def _add_execution(app: FastAPI, pool: WorkerPool, metrics: Metrics, guarded: di
         return await answer(metrics, request, pool.execute, body.request(), fusion_shape)
 
 
-def _add_state(app: FastAPI, pool: WorkerPool, metrics: Metrics, guarded: dict[str, Any]) -> None:
+def _add_sessions(app: FastAPI, sessions: SessionTable, metrics: Metrics, guarded: dict[str, Any]) -> None:
+    @app.post(
+        "/v1/sessions",
+        tags=["sessions"],
+        status_code=201,
+        **with_answers(guarded, SessionAnswer, _NO_SESSION_NOW),
+    )
+    async def open_session(body: SessionBody | None = None) -> Response:
+        """Open a session: code that shares variables, call after call."""
+        try:
+            session = await sessions.open(**dict(body or SessionBody()))
+        except SessionsBusyError as error:
+            return _refusal(429, str(error), error.retry_after_seconds)
+        except (OSError, RuntimeError, ValueError) as error:
+            return _refusal(503, f"no session can be opened now: {error}", _RESTART_SECONDS)
+        return JSONResponse(sessions.describe(session), status_code=201)
+
+    @app.post(
+        "/v1/sessions/{session_id}/execute",
+        tags=["sessions"],
+        **with_answers(guarded, SessionExecuteAnswer, REFUSED, BUSY, _UNKNOWN_SESSION),
+    )
+    async def execute_in_session(session_id: str, body: SessionExecuteBody, request: Request) -> Response:
+        """Run code where the session's earlier code ran. Calls of one session run in their order of arrival.
+
+        Code that does not end in time is interrupted (`KeyboardInterrupt`); the session dies only if it does
+        not stop at that. The same happens when the client hangs up.
+        """
+
+        def run(execution: ExecutionRequest) -> Coroutine[None, None, ExecutionResult]:
+            return sessions.execute(session_id, execution)
+
+        def shape(result: ExecutionResult) -> dict[str, Any]:
+            return {**native_shape(result), "session_alive": sessions.alive(session_id)}
+
+        return await answer(metrics, request, run, body.request(), shape, in_session=True)
+
+    @app.get(
+        "/v1/sessions/{session_id}",
+        tags=["sessions"],
+        **with_answers(guarded, SessionAnswer, _UNKNOWN_SESSION),
+    )
+    async def describe_session(session_id: str) -> Response:
+        """What the session has used so far. Does not count as use."""
+        return JSONResponse(sessions.describe(sessions.find(session_id)))
+
+    @app.delete(
+        "/v1/sessions/{session_id}",
+        tags=["sessions"],
+        status_code=204,
+        **with_answers(guarded, None, _UNKNOWN_SESSION),
+    )
+    async def delete_session(session_id: str) -> Response:
+        """End the session and what runs in it."""
+        sessions.delete(session_id)
+        return Response(status_code=204)
+
+    async def unknown(request: Request, error: Exception) -> Response:
+        return _refusal(404, str(error))
+
+    app.add_exception_handler(UnknownSessionError, unknown)
+
+
+def _add_state(
+    app: FastAPI, pool: WorkerPool, sessions: SessionTable, metrics: Metrics, guarded: dict[str, Any]
+) -> None:
     @app.get("/health", tags=["state"], response_model=HealthAnswer)
     async def health() -> Response:
         """Isolation in force, limits, workers. Needs no token."""
-        return JSONResponse(_health(pool))
+        return JSONResponse(
+            {**_health(pool), "sessions": len(sessions), "max_sessions": sessions.config.max_sessions}
+        )
 
     @app.get(
         "/ready",
@@ -143,6 +221,8 @@ async def answer(
     run: Callable[[ExecutionRequest], Coroutine[None, None, ExecutionResult]],
     execution: ExecutionRequest,
     shape: Callable[[ExecutionResult], dict[str, Any]],
+    *,
+    in_session: bool = False,
 ) -> Response:
     """Run it and answer; 429 when the queue is full, 413 when the code is too large."""
     status_code, headers = 200, {}
@@ -158,8 +238,13 @@ async def answer(
             result = ExecutionResult(status=Status.REJECTED, message=str(error))
     if result is None:
         return Response(status_code=499)  # nobody reads it
-    metrics.observe(result)
+    metrics.observe(result, in_session=in_session)
     return JSONResponse(shape(result), status_code=status_code, headers=headers)
+
+
+def _refusal(status_code: int, detail: str, retry_after_seconds: int | None = None) -> Response:
+    headers = {} if retry_after_seconds is None else {"Retry-After": str(retry_after_seconds)}
+    return JSONResponse({"detail": detail}, status_code=status_code, headers=headers)
 
 
 async def _unless_disconnected(

@@ -13,9 +13,11 @@ from pathlib import Path
 from ztrl_sandbox import bench
 from ztrl_sandbox.pool import TIERS, PoolConfig, WorkerPool
 from ztrl_sandbox.protocol import ExecutionRequest, ExecutionResult, Limits, Status
+from ztrl_sandbox.sessions import SessionConfig
 
 _LIMITS = Limits()
 _POOL = PoolConfig()
+_SESSIONS = SessionConfig()
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -93,6 +95,17 @@ def _add_server_options(parser: argparse.ArgumentParser) -> None:
         type=Path,
         help="file with the bearer token that callers must send; else the environment's ZTRL_SANDBOX_TOKEN",
     )
+    add("--max-sessions", type=int, default=_SESSIONS.max_sessions, help="open at once; then the idlest goes")
+    add(
+        "--session-ttl-seconds", type=float, default=_SESSIONS.ttl_seconds, help="unused for so long, it ends"
+    )
+    add("--session-max-calls", type=int, default=_SESSIONS.max_calls, help="calls of one session")
+    add(
+        "--session-max-run-seconds",
+        type=float,
+        default=_SESSIONS.max_run_seconds,
+        help="run time of one session",
+    )
     add("--exit-with-parent", action="store_true", help="stop when the parent process ends")
 
 
@@ -117,11 +130,18 @@ def _serve(arguments: argparse.Namespace) -> int:
     from ztrl_sandbox.auth import load_token
     from ztrl_sandbox.server import serve  # FastAPI takes most of a second to load
 
+    session_config = SessionConfig(
+        max_sessions=arguments.max_sessions,
+        ttl_seconds=arguments.session_ttl_seconds,
+        max_calls=arguments.session_max_calls,
+        max_run_seconds=arguments.session_max_run_seconds,
+    )
     asyncio.run(
         serve(
             arguments.host,
             arguments.port,
             _pool_config(arguments),
+            session_config,
             token=load_token(arguments.token_file),
             exit_with_parent=arguments.exit_with_parent,
         )

@@ -54,7 +54,7 @@ def _sandbox_error(message: str) -> ExecutionResult:
     return ExecutionResult(status=Status.SANDBOX_ERROR, message=message)
 
 
-class _Call:
+class Call:
     """One snippet in a worker."""
 
     def __init__(self, worker: WorkerHandle, limits: Limits) -> None:
@@ -127,7 +127,7 @@ class WorkerHandle:
         """It should be replaced: it is closed, or has served long enough."""
         self._limits = limits
         self._on_idle = on_idle
-        self._call: _Call | None = None
+        self._call: Call | None = None
         self._hung: asyncio.TimerHandle | None = None
         self._retiring = False
         self._pidfd = -1
@@ -139,7 +139,7 @@ class WorkerHandle:
         self._requests.setblocking(False)
         self._loop.add_reader(self._control, self._on_frame)
 
-    def start(self, request: ExecutionRequest, *, keep: bool = False) -> _Call:
+    def start(self, request: ExecutionRequest, *, keep: bool = False) -> Call:
         """Hand over a request. The worker must be idle.
 
         Args:
@@ -147,7 +147,7 @@ class WorkerHandle:
             keep: Run it in the session's process, which stays for more.
         """
         assert self._call is None
-        call = self._call = _Call(self, self._limits)
+        call = self._call = Call(self, self._limits)
         memory_bytes = min(request.memory_limit_bytes or self._limits.memory_bytes, self._limits.memory_bytes)
         options = {
             "run_timeout_seconds": request.run_timeout_seconds,
@@ -178,7 +178,7 @@ class WorkerHandle:
             self._hung = self._loop.call_later(request.run_timeout_seconds + _HUNG_WORKER_SECONDS, self.kill)
         return call
 
-    def cancel(self, call: _Call) -> None:
+    def cancel(self, call: Call) -> None:
         """Stop the snippet of ``call`` if it still runs; the worker stays."""
         if call is not self._call:
             return  # its end has come first, and what runs now is somebody else's
@@ -199,10 +199,10 @@ class WorkerHandle:
         if self._call is None:
             self.close()
 
-    def close(self) -> None:
-        """End the worker: it sees its sockets close, kills its snippet and exits."""
+    def close(self, why: str = "the executor is stopping") -> None:
+        """End the worker: it sees its sockets close, kills its snippet (whose caller is told why) and exits."""
         if not self.closed.is_set():
-            self._on_end("the executor is stopping")
+            self._on_end(why)
 
     async def ended(self) -> None:
         """Wait until the process of a closed worker is gone; kill it if it will not go."""

@@ -25,6 +25,7 @@ _logger = logging.getLogger("ztrl_sandbox")
 TIERS = ("basic", "user", "full")
 """Isolation tiers, weakest first."""
 
+_LEASE_ATTEMPTS = 2
 _RESPAWN_PAUSE_SECONDS = 0.5
 """Between attempts when a worker or zygote cannot even start."""
 
@@ -180,6 +181,10 @@ class WorkerPool:
         Raises:
             OSError, RuntimeError, ValueError: none can be started now.
         """
+        for _ in range(_LEASE_ATTEMPTS - 1):
+            # The zygote may die at this moment; a new one is there at the next attempt.
+            with contextlib.suppress(OSError, RuntimeError):
+                return await self._spawn(lambda worker: None)
         return await self._spawn(lambda worker: None)
 
     def _on_idle(self, worker: WorkerHandle) -> None:

@@ -14,9 +14,7 @@ MAX_CODE_CHARACTERS = 1 << 20
 MAX_SESSION_TTL_SECONDS = 24 * 3600.0
 
 
-class ExecuteBody(BaseModel):
-    """One snippet to run."""
-
+class _CodeBody(BaseModel):
     model_config = ConfigDict(
         extra="forbid",
         json_schema_extra={"examples": [{"code": "print(6 * 7)", "run_timeout_seconds": 5}]},
@@ -30,9 +28,6 @@ class ExecuteBody(BaseModel):
         description="Wall time; the wait in the queue is free.",
     )
     stdin: str | None = Field(default=None, description="Standard input; null is an empty one.")
-    memory_limit_bytes: int | None = Field(
-        default=None, gt=0, description="Lowers the server's limit; a larger value has no effect."
-    )
     print_last_expression: bool = Field(
         default=False, description="Print the last expression's value if nothing else was printed."
     )
@@ -40,6 +35,36 @@ class ExecuteBody(BaseModel):
     def request(self) -> ExecutionRequest:
         """As the pool takes it."""
         return ExecutionRequest(**dict(self))
+
+
+class ExecuteBody(_CodeBody):
+    """One snippet to run."""
+
+    memory_limit_bytes: int | None = Field(
+        default=None, gt=0, description="Lowers the server's limit; a larger value has no effect."
+    )
+
+
+class SessionExecuteBody(_CodeBody):
+    """Code to run where the session's earlier code ran."""
+
+    memory_limit_bytes: None = Field(default=None, description="Set when the session is opened.")
+
+
+class SessionBody(BaseModel):
+    """A session to open."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    ttl_seconds: float | None = Field(
+        default=None,
+        gt=0,
+        le=MAX_SESSION_TTL_SECONDS,
+        description="The session ends when it is unused for so long; null is the server's default.",
+    )
+    memory_limit_bytes: int | None = Field(
+        default=None, gt=0, description="Of the session; a larger value than the server's has no effect."
+    )
 
 
 class RunCodeBody(BaseModel):
@@ -82,6 +107,28 @@ class ExecuteAnswer(BaseModel):
     message: str = Field(description="For `rejected` and `sandbox_error`: what failed.")
 
 
+class SessionExecuteAnswer(ExecuteAnswer):
+    """What became of one call in a session."""
+
+    session_alive: bool = Field(
+        description="False: the state is lost, `message` says why, and later calls get 404."
+    )
+
+
+class SessionAnswer(BaseModel):
+    """An open session."""
+
+    session_id: str = Field(description="Unguessable; whoever has it can run code in the session.")
+    state: Literal["idle", "busy"]
+    ttl_seconds: float
+    idle_seconds: float = Field(description="Since the last call ended.")
+    memory_limit_bytes: int
+    calls: int
+    max_calls: int
+    run_seconds: float = Field(description="All calls together.")
+    max_run_seconds: float
+
+
 class RunCodeAnswer(BaseModel):
     """SandboxFusion's answer."""
 
@@ -110,6 +157,8 @@ class HealthAnswer(BaseModel):
     worker_restarts: int = Field(description="Workers replaced because they died.")
     workers_recycled: int = Field(description="Workers replaced because they had served long enough.")
     queued: int = Field(description="Requests that wait for a worker.")
+    sessions: int = Field(description="Open sessions.")
+    max_sessions: int
 
 
 class ReadyAnswer(BaseModel):

@@ -8,23 +8,30 @@ import json
 import os
 import signal
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 
 import uvicorn
 
 from ztrl_sandbox import linux
 from ztrl_sandbox.app import create_app
 from ztrl_sandbox.auth import check_bind
+from ztrl_sandbox.metrics import Metrics
 from ztrl_sandbox.pool import PoolConfig, WorkerPool
+from ztrl_sandbox.sessions import SessionConfig, SessionTable
 
 
 class _Server(uvicorn.Server):
-    """uvicorn that stops the pool first, so that running calls are answered and the stop is prompt."""
+    """uvicorn that stops the workers first, so that running calls are answered and the stop is prompt."""
 
-    def __init__(self, config: uvicorn.Config, pool: WorkerPool, on_ready: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        config: uvicorn.Config,
+        on_ready: Callable[[], None],
+        stop_workers: Callable[[], Awaitable[None]],
+    ) -> None:
         super().__init__(config)
-        self._pool = pool
         self._on_ready = on_ready
+        self._stop_workers = stop_workers
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -36,12 +43,18 @@ class _Server(uvicorn.Server):
         self._on_ready()
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        await self._pool.stop()
+        await self._stop_workers()
         await super().shutdown(sockets)
 
 
 async def serve(
-    host: str, port: int, config: PoolConfig, *, token: str | None = None, exit_with_parent: bool = False
+    host: str,
+    port: int,
+    config: PoolConfig,
+    session_config: SessionConfig,
+    *,
+    token: str | None = None,
+    exit_with_parent: bool = False,
 ) -> None:
     """Serve until SIGTERM or SIGINT; print one JSON line on standard output when ready.
 
@@ -49,6 +62,7 @@ async def serve(
         host: Address to bind; anything but loopback needs a token.
         port: 0 takes a free one; the ready line says which.
         config: Workers, preload set, limits.
+        session_config: Caps on sessions.
         token: Bearer token that callers must send.
         exit_with_parent: Also stop when the process that started this one ends, however it ends.
 
@@ -66,6 +80,8 @@ async def serve(
     # Answers go out in two parts; without this (accepted sockets inherit it) each waits 40 ms for an ACK.
     listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     pool = WorkerPool(config)
+    metrics = Metrics(pool)
+    sessions = SessionTable(pool, session_config, metrics)
     await pool.start()
 
     def announce() -> None:
@@ -79,13 +95,18 @@ async def serve(
         print(json.dumps(line), flush=True)
 
     uvicorn_config = uvicorn.Config(
-        create_app(pool, token),
+        create_app(pool, sessions, metrics, token),
         log_level="warning",
         access_log=False,
         lifespan="off",
         timeout_graceful_shutdown=2,
     )
-    server = _Server(uvicorn_config, pool, announce)
+
+    async def stop_workers() -> None:
+        sessions.stop()
+        await pool.stop()
+
+    server = _Server(uvicorn_config, announce, stop_workers)
 
     def stop() -> None:
         server.should_exit = True

@@ -1,0 +1,392 @@
+"""Sessions of a real executor: what persists, what does not, and how each of them can end."""
+
+import contextlib
+import json
+import os
+import re
+import signal
+import socket
+import threading
+import time
+import urllib.error
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
+from typing import ClassVar
+
+import pytest
+from sandbox_server import Executor, available_tiers, executor_with, running, until
+from ztrl_sandbox.proctree import descendants
+
+OPTIONS = ("--workers", "2", "--preload", "math", "--memory-limit-bytes", str(300 << 20))
+
+
+@pytest.fixture(scope="module", params=available_tiers())
+def executor(request):
+    with executor_with(request.param, *OPTIONS) as running_executor:
+        yield running_executor
+
+
+@pytest.fixture(scope="module")
+def strongest():
+    with executor_with("auto", *OPTIONS, "--max-sessions", "3") as running_executor:
+        yield running_executor
+
+
+class Session:
+    """One session over HTTP, deleted at the end of its test."""
+
+    made: ClassVar[list["Session"]] = []
+
+    def __init__(self, executor: Executor, **options) -> None:
+        status, self.opened, _ = executor.post("/v1/sessions", **options)
+        assert status == 201, self.opened
+        self.id = self.opened["session_id"]
+        self.path = f"/v1/sessions/{self.id}"
+        self._executor = executor
+        Session.made.append(self)
+
+    def post(self, code: str, run_timeout_seconds: float = 20.0, **options) -> tuple[int, dict, dict]:
+        body = {"code": code, "run_timeout_seconds": run_timeout_seconds, **options}
+        return self._executor.post(self.path + "/execute", **body)
+
+    def execute(self, code: str, run_timeout_seconds: float = 20.0, **options) -> dict:
+        status, answer, _ = self.post(code, run_timeout_seconds, **options)
+        assert status == 200, answer
+        return answer
+
+    def describe(self) -> dict:
+        return self._executor.get(self.path)
+
+    def loss(self) -> str:
+        """What a lost session says of itself."""
+        status, answer, _ = self.post("print(1)")
+        assert status == 404, answer
+        assert self._executor.request("GET", self.path)[:2] == (404, answer)
+        return answer["detail"]
+
+    def delete(self) -> int:
+        return self._executor.request("DELETE", self.path)[0]
+
+
+@pytest.fixture
+def session(executor):
+    return Session(executor)
+
+
+@pytest.fixture(autouse=True)
+def no_session_is_left():
+    yield
+    while Session.made:
+        with contextlib.suppress(urllib.error.URLError):  # its executor may be gone
+            Session.made.pop().delete()
+
+
+def metric(executor: Executor, line: str) -> float:
+    with urllib.request.urlopen(executor.url + "/metrics") as response:
+        text = response.read().decode()
+    return float(re.search(rf"^{re.escape(line)} (\S+)$", text, re.MULTILINE)[1])
+
+
+def test_variables_imports_and_files_persist(session):
+    assert session.execute("import json as j\nx = [1]\nopen('f', 'w').write('kept')")["stdout"] == ""
+    assert session.execute("def double(n):\n  return 2 * n\nx.append(double(21))")["status"] == "ok"
+    result = session.execute("print(j.dumps(x), open('f').read(), __name__)")
+    assert (result["stdout"], result["session_alive"]) == ("[1, 42] kept __main__\n", True)
+    assert result["message"] == "" and result["run_seconds"] < 10
+
+
+def test_output_input_and_expressions_belong_to_their_own_call(session):
+    assert session.execute("print('a'); line = input()", stdin="one\n")["stdout"] == "a\n"
+    result = session.execute("import sys; print(input(), line, file=sys.stderr)", stdin="two\n")
+    assert (result["stdout"], result["stderr"]) == ("", "two one\n")
+    assert session.execute("line * 2", print_last_expression=True)["stdout"] == "'oneone'\n"
+    assert session.execute("line * 2")["stdout"] == ""
+
+
+def test_two_sessions_do_not_see_each_other(executor):
+    one, two = Session(executor), Session(executor)
+    assert one.id != two.id and min(len(one.id), len(two.id)) >= 32
+    one.execute("import math; secret = math.marker = 5; open('f', 'w').write('5')")
+    see = "import math, os\nprint('secret' in globals(), hasattr(math, 'marker'), os.path.exists('f'))"
+    for stdout in (two.execute(see)["stdout"], executor.execute(see)["stdout"]):
+        assert stdout == "False False False\n"
+    assert one.execute("print(secret)")["stdout"] == "5\n"
+
+
+def test_an_error_leaves_the_session_alive(session):
+    session.execute("x = 1")
+    failed = session.execute("y = 2\n1 / 0")
+    assert (failed["status"], failed["exit_code"], failed["session_alive"]) == ("error", 1, True)
+    assert failed["stderr"].splitlines()[-1] == "ZeroDivisionError: division by zero"
+    assert session.execute("x += ")["stderr"].splitlines()[-1] == "SyntaxError: invalid syntax"
+    assert session.execute("print(x, y)")["stdout"] == "1 2\n"
+
+
+def test_running_out_of_memory_leaves_the_session_alive_if_it_could_be_told(session):
+    session.execute("x = 1")
+    full = session.execute("y = bytearray(10**10)")
+    assert (full["status"], full["session_alive"]) == ("memory", True)
+    assert session.execute("print(x)")["stdout"] == "1\n"
+
+
+def test_code_that_stops_when_interrupted_keeps_the_state(session):
+    session.execute("x = 1")
+    late = session.execute("x = 2\nwhile True: pass", 0.5)
+    assert (late["status"], late["session_alive"]) == ("timeout", True)
+    assert late["stderr"].splitlines()[-1] == "KeyboardInterrupt"
+    assert 0.5 <= late["run_seconds"] < 3
+    assert session.execute("print(x)")["stdout"] == "2\n"
+
+
+@pytest.mark.parametrize(
+    ("code", "status"),
+    [
+        ("import signal; signal.signal(signal.SIGINT, signal.SIG_IGN)\nwhile True: pass", "timeout"),
+        ("import time\nwhile True:\n  try: time.sleep(9)\n  except BaseException: pass", "timeout"),
+        ("import sys; sys.exit(3)", "error"),
+        ("import os; os._exit(0)", "ok"),
+        ("import os; os.kill(os.getpid(), 9)", "killed"),
+        ("import ctypes; ctypes.string_at(0)", "killed"),
+    ],
+)
+def test_a_session_whose_process_ends_is_lost_and_says_so(executor, code, status):
+    session = Session(executor)
+    result = session.execute(code, 1.0)
+    assert (result["status"], result["session_alive"]) == (status, False)
+    assert result["message"].startswith("the session has ended: its process ended")
+    assert session.loss().startswith("the session has ended and its state is lost: its process ended")
+    assert session.delete() == 404
+    assert until(executor.settled)
+
+
+def test_what_a_session_starts_ends_with_it(executor):
+    session = Session(executor)
+    code = "import os, time\nif os.fork() == 0:\n  os.setsid()\n  time.sleep(60)\n  os._exit(0)"
+    assert session.execute(code)["session_alive"]
+    assert session.execute("print(1)")["stdout"] == "1\n"
+    assert not executor.settled()
+    assert session.delete() == 204
+    assert until(executor.settled)
+
+
+def test_calls_of_one_session_run_in_the_order_of_their_arrival(session):
+    session.execute("x = []")
+    threads = []
+    with ThreadPoolExecutor(12) as pool:
+        threads.append(pool.submit(session.execute, "import time; time.sleep(0.5)"))
+        for number in range(10):
+            time.sleep(0.03)
+            threads.append(pool.submit(session.execute, f"x.append({number})"))
+        results = [thread.result() for thread in threads]
+    assert session.execute("print(x)")["stdout"] == f"{list(range(10))}\n"
+    assert results[0]["queue_seconds"] < 0.3 and results[1]["queue_seconds"] > 0.3
+    assert results[1]["run_seconds"] < 0.3
+
+
+def test_sessions_run_beside_each_other_and_beside_other_calls(executor):
+    sessions = [Session(executor) for _ in range(2)]
+    with ThreadPoolExecutor(4) as pool:
+        started_at = time.monotonic()
+        sleepers = [pool.submit(session.execute, "import time; time.sleep(1)") for session in sessions]
+        sleepers += [pool.submit(executor.execute, "import time; time.sleep(1)") for _ in range(2)]
+        assert all(sleeper.result()["status"] == "ok" for sleeper in sleepers)
+        assert time.monotonic() - started_at < 1.9
+
+
+def test_a_client_that_hangs_up_interrupts_its_code_and_keeps_the_session(executor, session):
+    session.execute("x = 1")
+    body = json.dumps({"code": "x = 2\nwhile True: pass", "run_timeout_seconds": 60}).encode()
+    head = f"POST {session.path}/execute HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+    head += f"Content-Length: {len(body)}\r\n\r\n"
+    with socket.create_connection(("127.0.0.1", executor.ready["port"])) as connection:
+        connection.sendall(head.encode() + body)
+        assert until(lambda: session.describe()["state"] == "busy")
+        time.sleep(0.2)
+    started_at = time.monotonic()
+    assert session.execute("print(x)")["stdout"] == "2\n"
+    assert time.monotonic() - started_at < 5
+    assert session.describe()["calls"] == 3
+
+
+def test_a_client_that_hangs_up_while_it_waits_never_runs(executor, session):
+    with ThreadPoolExecutor(1) as pool:
+        first = pool.submit(session.execute, "import time; time.sleep(1); x = 1")
+        assert until(lambda: session.describe()["state"] == "busy")
+        body = json.dumps({"code": "x = 2"}).encode()
+        head = f"POST {session.path}/execute HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+        with socket.create_connection(("127.0.0.1", executor.ready["port"])) as connection:
+            connection.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
+            time.sleep(0.3)
+        assert first.result()["status"] == "ok"
+    assert session.execute("print(x)")["stdout"] == "1\n"
+    assert session.describe()["calls"] == 2
+
+
+def test_a_session_describes_itself(executor):
+    session = Session(executor, ttl_seconds=30, memory_limit_bytes=200 << 20)
+    fresh = session.describe()
+    assert fresh["idle_seconds"] >= 0 and {**fresh, "idle_seconds": 0} == {
+        "session_id": session.id,
+        "state": "idle",
+        "ttl_seconds": 30,
+        "idle_seconds": 0,
+        "memory_limit_bytes": 200 << 20,
+        "calls": 0,
+        "max_calls": 10_000,
+        "run_seconds": 0,
+        "max_run_seconds": 3600,
+    }
+    session.execute("import time; time.sleep(0.2)")
+    used = session.describe()
+    assert used["calls"] == 1 and 0.2 <= used["run_seconds"] < 5
+
+
+def test_a_sessions_memory_limit_is_set_when_it_is_opened(executor):
+    session = Session(executor, memory_limit_bytes=100 << 20)
+    result = session.execute("x = b'x' * (150 << 20)")
+    assert result["status"] == "memory"
+    if result["session_alive"]:
+        assert session.post("1", memory_limit_bytes=50 << 20)[0] == 422
+        assert session.delete() == 204
+
+
+def test_a_thread_that_floods_between_calls_does_not_block_the_server(executor, session):
+    code = "import threading\n"
+    code += "def flood():\n  while True:\n    try: print('x' * 100_000)\n    except Exception: pass\n"
+    code += "threading.Thread(target=flood, daemon=True).start()"
+    assert session.execute(code, 5.0)["status"] in ("ok", "output_truncated")
+    started_at = time.monotonic()
+    assert executor.execute("print(1)")["stdout"] == "1\n"
+    assert time.monotonic() - started_at < 5
+
+
+def test_an_unknown_session_is_told_from_an_ended_one(executor):
+    status, answer, _ = executor.post("/v1/sessions/no-such-session/execute", code="1")
+    assert status == 404 and answer["detail"].startswith("unknown session")
+    session = Session(executor)
+    assert session.delete() == 204
+    assert session.loss().endswith("it was deleted")
+
+
+def test_deleting_a_session_ends_what_runs_in_it(executor):
+    session = Session(executor)
+    with ThreadPoolExecutor(2) as pool:
+        running_call = pool.submit(session.execute, "import time; time.sleep(30)", 60.0)
+        assert until(lambda: session.describe()["state"] == "busy")
+        waiting_call = pool.submit(session.post, "1")
+        time.sleep(0.2)
+        assert session.delete() == 204
+        result = running_call.result()
+        assert (result["status"], result["session_alive"]) == ("sandbox_error", False)
+        assert result["message"].endswith("it was deleted")
+        assert waiting_call.result()[0] == 404
+    assert until(executor.settled)
+
+
+def test_a_session_expires_when_it_is_not_used(strongest):
+    expired = metric(strongest, 'ztrl_sandbox_sessions_ended_total{cause="expired"}')
+    session = Session(strongest, ttl_seconds=0.7)
+    for _ in range(4):  # use prolongs its life
+        time.sleep(0.4)
+        assert session.execute("print(1)")["session_alive"]
+    session.execute("import time; time.sleep(1)")  # and a running call is no idleness
+    assert session.execute("print(1)")["session_alive"]
+    assert until(lambda: strongest.get("/health")["sessions"] == 0)
+    assert session.loss().endswith("it expired after 0.7 s without a call")
+    assert metric(strongest, 'ztrl_sandbox_sessions_ended_total{cause="expired"}') == expired + 1
+    assert metric(strongest, "ztrl_sandbox_sessions") == 0
+
+
+def test_the_longest_unused_session_makes_room_for_a_new_one(strongest):
+    oldest, used, other = (Session(strongest) for _ in range(3))
+    oldest.execute("x = 1")
+    for session in (other, used):
+        session.execute("x = 1")
+    newest = Session(strongest)
+    assert oldest.loss().endswith("it was the longest unused of 3 sessions, and a new one came")
+    assert all(session.execute("print(1)")["status"] == "ok" for session in (used, other, newest))
+
+
+def test_no_session_is_evicted_while_it_is_in_use(strongest):
+    sessions = [Session(strongest) for _ in range(3)]
+    with ThreadPoolExecutor(3) as pool:
+        calls = [pool.submit(session.execute, "import time; time.sleep(1.5)") for session in sessions]
+        assert until(lambda: all(session.describe()["state"] == "busy" for session in sessions))
+        status, answer, headers = strongest.post("/v1/sessions")
+        assert status == 429 and "3 sessions are in use" in answer["detail"]
+        assert int(headers["retry-after"]) >= 1
+        assert all(call.result()["session_alive"] for call in calls)
+    Session(strongest)
+
+
+def test_a_session_ends_at_its_caps():
+    options = ("--session-max-calls", "3", "--session-max-run-seconds", "1")
+    with executor_with("auto", *OPTIONS, *options) as executor:
+        session = Session(executor)
+        assert [session.execute("print(1)")["session_alive"] for _ in range(3)] == [True, True, False]
+        assert session.loss().endswith("it has made its 3 calls")
+        session = Session(executor)
+        assert session.execute("import time; time.sleep(0.6)")["session_alive"]
+        last = session.execute("import time; time.sleep(0.6); print('done')")
+        assert (last["status"], last["stdout"], last["session_alive"]) == ("ok", "done\n", False)
+        assert session.loss().endswith("it has run for its 1 s")
+
+
+def test_too_many_waiting_calls_get_429():
+    with executor_with("auto", "--workers", "1", "--preload", "", "--queue-limit", "1") as executor:
+        session = Session(executor)
+        with ThreadPoolExecutor(2) as pool:
+            calls = [pool.submit(session.execute, "import time; time.sleep(1)") for _ in range(2)]
+            assert until(lambda: session.describe()["state"] == "busy")
+            time.sleep(0.3)
+            status, answer, headers = session.post("1")
+            assert (status, answer["status"], answer["session_alive"]) == (429, "rejected", True)
+            assert int(headers["retry-after"]) >= 1
+            assert all(call.result()["status"] == "ok" for call in calls)
+
+
+def test_a_session_whose_worker_is_killed_is_lost_and_says_so(strongest):
+    before = set(descendants(strongest.process.pid))
+    session = Session(strongest)
+    lost = metric(strongest, 'ztrl_sandbox_sessions_ended_total{cause="deleted"}')
+    answers: list[dict] = []
+    call = threading.Thread(
+        target=lambda: answers.append(session.execute("import time; time.sleep(30)", 60.0))
+    )
+    call.start()
+    assert until(lambda: session.describe()["state"] == "busy")
+    for pid in set(descendants(strongest.process.pid)) - before:
+        if running(pid):
+            os.kill(pid, signal.SIGKILL)
+    call.join(timeout=10)
+    assert (answers[0]["status"], answers[0]["session_alive"]) in (
+        ("sandbox_error", False),
+        ("killed", False),
+    )
+    assert "died" in session.loss() or "ended" in session.loss()
+    assert metric(strongest, 'ztrl_sandbox_sessions_ended_total{cause="deleted"}') == lost
+    assert strongest.get("/health")["worker_restarts"] == 0
+    assert until(strongest.settled)
+
+
+def test_sessions_outlive_the_zygote_and_new_ones_get_another(strongest):
+    session = Session(strongest)
+    session.execute("x = 1")
+    victim = strongest.get("/health")["zygote_pid"]
+    os.kill(victim, signal.SIGKILL)
+    other = Session(strongest)
+    assert other.execute("print('x' in globals())")["stdout"] == "False\n"
+    assert session.execute("print(x)")["stdout"] == "1\n"
+    assert strongest.get("/health")["zygote_pid"] != victim
+
+
+def test_a_stop_ends_the_sessions():
+    executor = Executor("auto", *OPTIONS)
+    session = Session(executor)
+    with ThreadPoolExecutor(1) as pool:
+        call = pool.submit(session.execute, "import time; time.sleep(30)", 60.0)
+        assert until(lambda: session.describe()["state"] == "busy")
+        family = descendants(executor.process.pid)
+        assert executor.stop() == 0
+        assert (call.result()["status"], call.result()["session_alive"]) == ("sandbox_error", False)
+    assert not any(map(running, family))
