@@ -11,6 +11,7 @@ Shapes: ``B`` requests, ``T`` new tokens of all, ``N`` new tokens of the longest
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -38,14 +39,19 @@ def _create(runner: Any) -> Any:
     class BatchedTorchNativeBackend(TorchNativeAttnBackend):
         """Plain causal self-attention, computed by ``attend``; anything else goes to the stock routines."""
 
+        _plan: list[Block] | None = None
+
+        def init_forward_metadata(self, forward_batch: Any) -> None:
+            super().init_forward_metadata(forward_batch)
+            self._plan = None  # the layers of one forward pass share it
+
         def _run_sdpa_forward_decode(self, *tensors: Any, **options: Any) -> torch.Tensor:
             query, output, k_cache, v_cache, req_to_token, rows, seq_lens, encoder_lens = tensors
             if encoder_lens is not None or options["sliding_window_size"] is not None:
                 return super()._run_sdpa_forward_decode(*tensors, **options)
-            new_lens = torch.ones_like(seq_lens)
-            attend(
-                query, output, k_cache, v_cache, req_to_token, rows, seq_lens, new_lens, options["scaling"]
-            )
+            if self._plan is None:
+                self._plan = plan(req_to_token, rows, seq_lens, torch.ones_like(seq_lens))
+            attend(self._plan, query, output, k_cache, v_cache, options["scaling"])
             return output
 
         def _run_sdpa_forward_extend(self, *tensors: Any, **options: Any) -> torch.Tensor:
@@ -53,60 +59,99 @@ def _create(runner: Any) -> Any:
             plain = encoder_lens is None and options["sliding_window_size"] is None and options["causal"]
             if not plain or int(new_lens.max()) > MAX_NEW_TOKENS:
                 return super()._run_sdpa_forward_extend(*tensors, **options)
-            attend(
-                query, output, k_cache, v_cache, req_to_token, rows, seq_lens, new_lens, options["scaling"]
-            )
+            if self._plan is None:
+                self._plan = plan(req_to_token, rows, seq_lens, new_lens)
+            attend(self._plan, query, output, k_cache, v_cache, options["scaling"])
             return output
 
     return BatchedTorchNativeBackend(runner)
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Block:
+    """Requests of similar shape, padded to the longest; what all layers of one forward pass share."""
+
+    token_BN: torch.Tensor
+    """Each request's new tokens among all; 0 where it has fewer than ``N``."""
+    slot_BL: torch.Tensor
+    """Cache slot of every position; 0 past the end of a sequence."""
+    mask_B1NL: torch.Tensor
+    """Which positions a new token sees."""
+    real: torch.Tensor
+    """Entries of the flattened ``token_BN`` that are no padding, [tokens of the block]."""
+    real_token: torch.Tensor
+    """The tokens there."""
+
+
+def plan(
+    req_to_token: torch.Tensor, rows: torch.Tensor, seq_lens: torch.Tensor, new_lens: torch.Tensor
+) -> list[Block]:
+    """Arrange the requests of a forward pass for ``attend``.
+
+    Args:
+        req_to_token: [rows, >= L] cache slot of every position.
+        rows: [B] the requests' rows of that table.
+        seq_lens: [B] new tokens included.
+        new_lens: [B]
+    """
+    import torch
+
+    starts = new_lens.cumsum(0) - new_lens
+    blocks = []
+    for requests, new_max, longest in _blocks(seq_lens.tolist(), new_lens.tolist()):
+        block = torch.tensor(requests)
+        new_N, all_L = torch.arange(new_max), torch.arange(longest)
+        new_B, seq_B = new_lens[block], seq_lens[block]
+        is_token_BN = new_N < new_B[:, None]
+        token_BN = torch.where(is_token_BN, starts[block][:, None] + new_N, 0)
+        # The table's rows are not cleared: past a sequence's end they name slots of other requests.
+        slot_BL = torch.where(all_L < seq_B[:, None], req_to_token[rows[block], :longest], 0)
+        mask_BNL = all_L <= ((seq_B - new_B)[:, None] + new_N)[:, :, None]
+        real = is_token_BN.flatten().nonzero().flatten()
+        blocks.append(
+            Block(
+                token_BN=token_BN,
+                slot_BL=slot_BL,
+                mask_B1NL=mask_BNL[:, None],
+                real=real,
+                real_token=token_BN.flatten()[real],
+            )
+        )
+    return blocks
+
+
 def attend(
+    blocks: list[Block],
     query: torch.Tensor,
     output: torch.Tensor,
     k_cache: torch.Tensor,
     v_cache: torch.Tensor,
-    req_to_token: torch.Tensor,
-    rows: torch.Tensor,
-    seq_lens: torch.Tensor,
-    new_lens: torch.Tensor,
     scaling: float | None,
 ) -> None:
     """Causal attention of each request's new tokens to its cached sequence, which ends with them.
 
     Args:
+        blocks: Of ``plan``.
         query: [T, H, D] request after request.
         output: [T, H, D] written in place.
         k_cache, v_cache: [slots, K, D]
-        req_to_token: [rows, >= L] cache slot of every position.
-        rows: [B] the requests' rows of that table.
-        seq_lens: [B] new tokens included.
-        new_lens: [B]
         scaling: of the scores; None is ``D ** -0.5``.
     """
-    import torch
     from torch.nn.functional import scaled_dot_product_attention
 
-    starts = new_lens.cumsum(0) - new_lens
     kv_heads = k_cache.shape[1]
-    for block, new_max, longest in _blocks(seq_lens.tolist(), new_lens.tolist()):
-        new_N, all_L = torch.arange(new_max), torch.arange(longest)
-        new_B, prefix_B = new_lens[block], (seq_lens - new_lens)[block]
-        is_token_BN = new_N < new_B[:, None]
-        token_BN = torch.where(is_token_BN, starts[block][:, None] + new_N, 0)
-        # The table's rows are not cleared: past a sequence's end they name slots of other requests.
-        slot_BL = torch.where(all_L < seq_lens[block][:, None], req_to_token[rows[block], :longest], 0)
-        key_BKLD = _take(k_cache, slot_BL).transpose(1, 2).to(query.dtype)
-        value_BKLD = _take(v_cache, slot_BL).transpose(1, 2).to(query.dtype)
+    for block in blocks:
+        new_max = block.token_BN.shape[1]
+        key_BKLD = _take(k_cache, block.slot_BL).transpose(1, 2).to(query.dtype)
+        value_BKLD = _take(v_cache, block.slot_BL).transpose(1, 2).to(query.dtype)
         # The G query heads of one KV head become G * N query positions, so no key is repeated.
-        query_BKGND = _take(query, token_BN).unflatten(2, (kv_heads, -1)).permute(0, 2, 3, 1, 4)
-        mask_BNL = all_L <= (prefix_B[:, None] + new_N)[:, :, None]
-        mask = mask_BNL[:, None, None].expand(-1, 1, query_BKGND.shape[2], -1, -1).flatten(2, 3)
+        query_BKGND = _take(query, block.token_BN).unflatten(2, (kv_heads, -1)).permute(0, 2, 3, 1, 4)
+        mask = block.mask_B1NL[:, :, None].expand(-1, 1, query_BKGND.shape[2], -1, -1).flatten(2, 3)
         out = scaled_dot_product_attention(
             query_BKGND.flatten(2, 3), key_BKLD, value_BKLD, attn_mask=mask, scale=scaling
         )
         out_BNHD = out.unflatten(2, (-1, new_max)).permute(0, 3, 1, 2, 4).flatten(2, 3)
-        output[token_BN[is_token_BN]] = out_BNHD[is_token_BN]
+        output.index_copy_(0, block.real_token, out_BNHD.flatten(0, 1).index_select(0, block.real))
 
 
 def _take(table: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
