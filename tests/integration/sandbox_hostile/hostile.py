@@ -121,6 +121,11 @@ def attempt(action):
 {tries}"""
 
 
+def calm(executor: Executor) -> bool:
+    """Whether every worker is up and no process is there that need not be."""
+    return len(executor.get("/health")["worker_pids"]) == WORKERS and executor.settled()
+
+
 class undisturbed:  # reads as what it asserts
     """Asserts that what happens inside disturbs no honest snippet, kills no worker and leaves no process."""
 
@@ -137,6 +142,7 @@ class undisturbed:  # reads as what it asserts
                 self._wrong.append(result)
 
     def __enter__(self) -> None:
+        assert until(lambda: calm(self._executor))  # an earlier test may have cost it a worker
         self._workers = self._executor.get("/health")["worker_pids"]
         self._neighbour.start()
 
@@ -149,7 +155,7 @@ class undisturbed:  # reads as what it asserts
         for _ in range(WORKERS):  # the queue of idle workers is first in, first out: each is asked once
             result = self._executor.execute(HONEST)
             assert (result["status"], result["stdout"]) == ("ok", HONEST_OUTPUT), result
-        assert until(self._executor.settled)
+        assert until(lambda: calm(self._executor))
         assert self._executor.get("/health")["worker_pids"] == self._workers
 
 
