@@ -2,7 +2,8 @@
 
 Process tree, top down::
 
-    server   (server.py, pool.py)       asyncio: HTTP, queue, output capture; never runs a snippet
+    server   (server.py, app.py, pool.py, sessions.py)
+                                        asyncio: HTTP, queue, output capture; never runs a snippet
     zygote   (zygote.py)                imports the preload set once, forks workers; holds no request data
     worker   (worker.py)                one slot: arms, times, limits and kills one snippet at a time
     snippet  (harness.py, isolation.py) single use: isolates itself, then waits for its code
