@@ -175,7 +175,7 @@ def _sandbox() -> Finding:
             name="sandbox",
             state=State.MISSING,
             found="ztrl_sandbox is not importable",
-            cost="no code is executed, unless sandbox.url names a running executor",
+            cost="no code is executed, unless sandbox.urls names running executors",
             fix="pip install -e .",
         )
     from ztrl_sandbox import tiers

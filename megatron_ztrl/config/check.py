@@ -73,7 +73,11 @@ def check_config(config: Config) -> None:
     Raises:
         ConfigError: One line per problem, each starting with the config path.
     """
-    problems = [*_ranges(config), *_paths(config), *_lengths(config), *_evaluation(config), *_engines(config)]
+    problems = [
+        problem
+        for check in (_ranges, _paths, _lengths, _evaluation, _engines, _executors)
+        for problem in check(config)
+    ]
     if config.data.prompt_template == "plain" and config.reward.require_answer_tags:
         problems.append(
             "reward.require_answer_tags: the template 'plain' asks for no answer tags, so every reward would be "
@@ -166,8 +170,18 @@ def _engines(config: Config) -> Iterator[str]:
     engine = config.engine
     if engine.port is not None and engine.port + engine.count - 1 > 65535:
         yield f"engine.port: {engine.count} engines from port {engine.port} go past 65535"
-    if config.sandbox.url is not None and not config.sandbox.url.startswith(("http://", "https://")):
-        yield f"sandbox.url: must start with http:// or https://, got {config.sandbox.url!r}"
+
+
+def _executors(config: Config) -> Iterator[str]:
+    sandbox = config.sandbox
+    for url in sandbox.urls:
+        if not url.startswith(("http://", "https://")):
+            yield f"sandbox.urls: must start with http:// or https://, got {url!r}"
+    yield from _duplicates("sandbox.urls", "lists an executor twice:", sandbox.urls)
+    if sandbox.token_file is not None and not sandbox.urls:
+        yield "sandbox.token_file: is the token of sandbox.urls, which is empty; executors of the run need none"
+    elif sandbox.token_file is not None and not Path(sandbox.token_file).is_file():
+        yield f"sandbox.token_file: {sandbox.token_file} does not exist"
 
 
 def _duplicates(path: str, what: str, values: list[Any]) -> Iterator[str]:

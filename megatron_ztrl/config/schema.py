@@ -87,6 +87,7 @@ class ToolConfig(Section):
     max_output_tokens: int = 512
     """A longer reply is replaced by a request to check the code."""
     max_concurrent: int = 256
+    """Snippets that one executor has at a time; more wait in the driver, for whichever is free first."""
     retries: int = 3
     """Attempts after an infrastructure failure, before the rollout is masked."""
 
@@ -95,9 +96,16 @@ class ToolConfig(Section):
 class SandboxConfig(Section):
     """Executors."""
 
-    url: str | None = None
-    """A running executor; None starts one with the run."""
+    urls: list[str] = field(default_factory=list)
+    """Running executors; empty starts one on every node with the run, to which the keys below apply."""
+    token_file: str | None = None
+    """File with the bearer token of ``urls``."""
+    isolation: Literal["auto", "full", "user", "basic"] = "auto"
+    """Tier of isolation; ``auto`` takes the strongest that a node allows."""
+    min_isolation: Literal["full", "user", "basic"] = "basic"
+    """No executor starts below this tier."""
     workers: int = 2
+    """Snippets that one executor runs at once."""
     preload: list[str] = field(default_factory=lambda: ["math", "sympy"])
     """Modules that the warm interpreters have imported already."""
     memory_limit_bytes: int = 1 << 30

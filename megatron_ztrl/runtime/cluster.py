@@ -68,6 +68,13 @@ def cluster_gpus() -> int:
     return int(ray.cluster_resources().get("GPU", 0))
 
 
+def cluster_nodes() -> list[str]:
+    """Ray's ids of the nodes that are up."""
+    import ray
+
+    return [node["NodeID"] for node in ray.nodes() if node["Alive"]]
+
+
 def node_address() -> str:
     """Where the other nodes reach this one; loopback when there are none."""
     import ray

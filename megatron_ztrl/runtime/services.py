@@ -54,12 +54,16 @@ class HostedServer:
     Args:
         build: Makes the server; called on its node.
         gpus: GPUs it needs when the cluster has any.
+        node: Ray's id of the node to run on; None leaves the choice to Ray.
     """
 
-    def __init__(self, build: Callable[[], Server], *, gpus: int = 0) -> None:
+    def __init__(self, build: Callable[[], Server], *, gpus: int = 0, node: str | None = None) -> None:
         import ray
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
         remote = ray.remote(num_cpus=0, num_gpus=gpus if cluster_gpus() else 0)(_Host)
+        if node is not None:
+            remote = remote.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False))
         self._host = remote.remote(build)
 
     async def start(self) -> str:

@@ -8,9 +8,6 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from ztrl_sandbox.client import ExecutorClient
-from ztrl_sandbox.process import ExecutorServer
-
 from megatron_ztrl.config.schema import Config
 from megatron_ztrl.engines.client import EngineClient
 from megatron_ztrl.engines.server import EngineServer
@@ -20,16 +17,16 @@ from megatron_ztrl.observability.progress import Progress
 from megatron_ztrl.rewards.math_verifier import MathVerifier
 from megatron_ztrl.rollout.group import EngineFleet, GroupRunner
 from megatron_ztrl.rollout.trajectory import Sampling, Tokenizer
-from megatron_ztrl.runtime.cluster import cluster_gpus, node_address, ray_cluster
+from megatron_ztrl.runtime.cluster import cluster_gpus, cluster_nodes, node_address, ray_cluster
+from megatron_ztrl.runtime.executors import run_snippets, start_executors
 from megatron_ztrl.runtime.megatron_world import MegatronWorld
 from megatron_ztrl.runtime.services import Engine, HostedServer
-from megatron_ztrl.types import ExecutionResult, ExecutionStatus
 from megatron_ztrl.weights.publish import WeightPublisher
 
 
 @dataclass(kw_only=True)
 class RolloutSystem:
-    """What rolling out needs: engines with the policy, an executor, the verifier."""
+    """What rolling out needs: engines with the policy, executors, the verifier."""
 
     config: Config
     tokenizer: Tokenizer
@@ -64,11 +61,11 @@ class System:
 async def launch_rollouts(
     config: Config, run_directory: Path, tokenizer: Tokenizer, progress: Progress
 ) -> AsyncIterator[RolloutSystem]:
-    """Starts Ray, the engines and an executor, which serve the policy at ``model.path``."""
+    """Starts Ray, the engines and the executors, which serve the policy at ``model.path``."""
     async with contextlib.AsyncExitStack() as stack:
         with progress.startup("Ray"):
             stack.enter_context(ray_cluster())
-        with progress.startup("SGLang engines and Python executor"):
+        with progress.startup("SGLang engines and Python executors"):
             rollouts = await _start_rollouts(config, run_directory, tokenizer, stack)
         yield rollouts
 
@@ -77,7 +74,7 @@ async def launch_rollouts(
 async def launch(
     config: Config, run_directory: Path, tokenizer: Tokenizer, progress: Progress
 ) -> AsyncIterator[System]:
-    """Starts Ray, the actor's ranks, the engines and an executor, side by side.
+    """Starts Ray, the actor's ranks, the engines and the executors, side by side.
 
     Args:
         config: The run.
@@ -88,7 +85,7 @@ async def launch(
     async with contextlib.AsyncExitStack() as stack:
         with progress.startup("Ray"):
             stack.enter_context(ray_cluster())
-        with progress.startup("Megatron ranks, SGLang engines and Python executor"):
+        with progress.startup("Megatron ranks, SGLang engines and Python executors"):
             actor = MegatronWorld(config)
             stack.callback(actor.kill)
             rollouts, _ = await asyncio.gather(
@@ -112,15 +109,15 @@ async def _start_rollouts(
     logs.mkdir(parents=True, exist_ok=True)
     verifier = MathVerifier(config.reward)
     stack.callback(verifier.close)
-    engines, execute = await asyncio.gather(
-        _start_engines(config, logs, stack), _start_executor(config, logs, stack)
+    engines, executors = await asyncio.gather(
+        _start_engines(config, logs, stack), start_executors(config, cluster_nodes(), logs, stack)
     )
     return RolloutSystem(
         config=config,
         tokenizer=tokenizer,
         engines=engines,
         fleet=EngineFleet(engines, max_concurrent_per_engine=config.engine.max_running_requests),
-        execute=execute,
+        execute=run_snippets(executors, run_timeout_seconds=config.tool.run_timeout_seconds),
         verifier=verifier,
     )
 
@@ -140,35 +137,3 @@ async def _start_engines(config: Config, logs: Path, stack: contextlib.AsyncExit
         return client
 
     return list(await asyncio.gather(*(start(index) for index in range(config.engine.count))))
-
-
-async def _start_executor(config: Config, logs: Path, stack: contextlib.AsyncExitStack) -> Execute:
-    sandbox, tool = config.sandbox, config.tool
-    url = sandbox.url
-    if url is None:
-        server = HostedServer(
-            lambda: ExecutorServer(
-                workers=sandbox.workers,
-                preload=sandbox.preload,
-                memory_limit_bytes=sandbox.memory_limit_bytes,
-                log_path=logs / "executor.log",
-            )
-        )
-        stack.push_async_callback(server.stop)
-        url = await server.start()
-    client = ExecutorClient(url, max_attempts=tool.retries + 1)
-    stack.push_async_callback(client.close)
-    slots = asyncio.Semaphore(tool.max_concurrent)
-
-    async def execute(code: str) -> ExecutionResult:
-        async with slots:
-            outcome = await client.execute(code, run_timeout_seconds=tool.run_timeout_seconds)
-        return ExecutionResult(
-            status=ExecutionStatus(outcome.status),
-            stdout=outcome.stdout,
-            stderr=outcome.stderr,
-            run_seconds=outcome.run_seconds,
-            queue_seconds=outcome.queue_seconds,
-        )
-
-    return execute

@@ -58,7 +58,13 @@ def test_the_defaults_are_accepted(yaml_file: Path) -> None:
             ["algorithm.minibatches=3", "rollout.groups_per_step=1", "rollout.group_size=2"],
             "minibatches: 3 .* is 2",
         ),
-        (["sandbox.url=localhost:8080"], "sandbox.url: must start with http"),
+        (["sandbox.urls=['localhost:8080']"], "sandbox.urls: must start with http"),
+        (["sandbox.urls=['http://a:1','http://a:1']"], "sandbox.urls: lists an executor twice: 'http://a:1'"),
+        (
+            ["sandbox.urls=['http://a:1']", "sandbox.token_file=./no_token"],
+            "sandbox.token_file: .*no_token does not exist",
+        ),
+        (["sandbox.token_file=p.jsonl"], "sandbox.token_file: is the token of sandbox.urls, which is empty"),
     ],
 )
 def test_a_bad_value_is_refused(yaml_file: Path, overrides: list[str], message: str) -> None:

@@ -58,14 +58,14 @@ def test_overrides_win_over_the_file_and_keep_their_types(yaml_file: Path) -> No
             "eval.env_iterations=[0,2,4]",
             "data.eval.0.limit=5",
         ]
-        + ["actor.sequence_parallel=true", "sandbox.url=http://127.0.0.1:1?a=b", "engine.port=null"],
+        + ["actor.sequence_parallel=true", "sandbox.urls=['http://127.0.0.1:1?a=b']", "engine.port=null"],
     )
     assert config.train.num_steps == 7
     assert config.actor.learning_rate == 1e-4
     assert config.eval.env_iterations == [0, 2, 4]
     assert config.data.eval[0].limit == 5
     assert config.actor.sequence_parallel is True
-    assert config.sandbox.url == "http://127.0.0.1:1?a=b"
+    assert config.sandbox.urls == ["http://127.0.0.1:1?a=b"]
     assert config.engine.port is None
 
 
@@ -78,6 +78,12 @@ def test_data_paths_are_relative_to_the_file_and_hub_ids_are_left_alone(yaml_fil
     assert config.model.path == "Qwen/Qwen2.5-1.5B"
     assert config.data.train.path == str(yaml_file.parent / "orz.jsonl")
     assert config.data.eval[0].path == str(yaml_file.parent / "math500.jsonl")
+
+
+def test_a_token_file_is_relative_to_the_file_that_names_it(yaml_file: Path) -> None:
+    (yaml_file.parent / "token").write_text("secret")
+    yaml_file.write_text(MINIMAL + "sandbox: {urls: ['http://a:1'], token_file: token}\n")
+    assert load_config(yaml_file).sandbox.token_file == str(yaml_file.parent / "token")
 
 
 def test_a_bare_name_is_local_when_it_exists_beside_the_file(yaml_file: Path) -> None:
