@@ -125,7 +125,7 @@ class Worker:
             data = self._control.recv(_FRAME_BYTES)
         except ConnectionResetError:
             return None
-        return json.loads(data) if data else None
+        return json.loads(data.decode()) if data else None
 
     def _arm(self) -> _Armed:
         ended_fd, ended = os.pipe()
@@ -153,7 +153,7 @@ class Worker:
         message, fds, _, _ = socket.recv_fds(self._requests, _FRAME_BYTES, 4, socket.MSG_CMSG_CLOEXEC)
         if not message:
             return 0
-        options = json.loads(message)
+        options = json.loads(message.decode())
         keep = options.get("keep", False)
         timeout_seconds = None if keep else options["run_timeout_seconds"]
         harness.apply_rlimits(self._mapped_bytes + options["memory_bytes"], timeout_seconds)
@@ -196,23 +196,21 @@ class Worker:
     def _watch(self, armed: _Armed, running: _Running) -> str | None:
         """Wait for the end. Returns why the snippet must be stopped; None when it ended by itself."""
         poller = select.poll()
-        for fd in (self._control.fileno(), armed.pidfd, armed.ended_fd):
-            poller.register(fd, select.POLLIN)
+        poller.register(self._control, select.POLLIN)
+        poller.register(armed.pidfd, select.POLLIN)
+        if running.keep:  # else the process closes it when its code arrives
+            poller.register(armed.ended_fd, select.POLLIN)
         while True:
             remaining = running.deadline - time.monotonic()
             if remaining <= 0:
                 return "timeout"
             events = poller.poll(1000 * min(remaining, _WATCH_INTERVAL_SECONDS))
             ready = {fd for fd, _ in events}
-            if armed.pidfd in ready:
-                return None
-            if running.keep and armed.ended_fd in ready:
+            if armed.pidfd in ready or armed.ended_fd in ready:
                 return None
             if self._control.fileno() in ready:
                 frame = self._receive()
                 return "server_gone" if frame is None else "cancelled"
-            if armed.ended_fd in ready:  # closed before the code began, or by it: nothing more will come
-                poller.unregister(armed.ended_fd)
             excess = self._excess(running)
             if excess is not None:
                 return excess
