@@ -8,7 +8,6 @@ import dataclasses
 import heapq
 import logging
 import os
-import shutil
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -19,6 +18,7 @@ from ztrl_sandbox.cgroup import MemoryCgroups
 from ztrl_sandbox.dispatch import IdleWorkers
 from ztrl_sandbox.handles import Tier, WorkerHandle, ZygoteHandle
 from ztrl_sandbox.protocol import ExecutionRequest, ExecutionResult, Limits
+from ztrl_sandbox.scratch import remove_tree
 
 _logger = logging.getLogger("ztrl_sandbox")
 
@@ -126,7 +126,7 @@ class WorkerPool:
             await self._zygote.close()
         if self._cgroups is not None:
             self._cgroups.close()
-        shutil.rmtree(self._scratch_root, ignore_errors=True)
+        await asyncio.to_thread(remove_tree, self._scratch_root)
 
     @property
     def isolation_layers(self) -> list[str]:
@@ -261,7 +261,7 @@ class WorkerPool:
         await worker.closed.wait()
         self._workers.discard(worker)
         await worker.ended()
-        await asyncio.to_thread(shutil.rmtree, self._scratch_root / f"slot-{worker.slot}", ignore_errors=True)
+        await asyncio.to_thread(remove_tree, self._scratch_root / f"slot-{worker.slot}")
         heapq.heappush(self._free_slots, worker.slot)
 
     def _take_slot(self) -> int:
