@@ -102,13 +102,14 @@ class Caller(abc.ABC):
             self.memo.put(key, result)
         return result
 
-    def session(self, *, ttl_seconds: float | None = None) -> Session:
+    def session(self, *, ttl_seconds: float | None = None, memory_limit_bytes: int | None = None) -> Session:
         """Code that shares variables, call after call: ``async with client.session() as session``.
 
         Args:
             ttl_seconds: The executor ends the session when it is unused for so long; None is its default.
+            memory_limit_bytes: Lowers the executor's limit.
         """
-        return Session(self, ttl_seconds=ttl_seconds)
+        return Session(self, ttl_seconds=ttl_seconds, memory_limit_bytes=memory_limit_bytes)
 
     async def send_anywhere(
         self, send: Callable[[Endpoint], Awaitable[Answer]], deadline: Deadline, *, for_session: bool = False

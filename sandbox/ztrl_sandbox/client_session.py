@@ -31,16 +31,16 @@ class Session:
     ``message``. Nothing that may have run is run again.
     """
 
-    def __init__(self, caller: Caller, *, ttl_seconds: float | None) -> None:
+    def __init__(self, caller: Caller, *, ttl_seconds: float | None, memory_limit_bytes: int | None) -> None:
         self._caller = caller
-        self._ttl_seconds = ttl_seconds
+        self._options = {"ttl_seconds": ttl_seconds, "memory_limit_bytes": memory_limit_bytes}
         self._endpoint: Endpoint | None = None
         self._path = ""
         self._headers: dict[str, str] = {}
         self._lost = ""
         self._turn = asyncio.Lock()
         self._memo = caller.memo
-        self._prefix = b"session"
+        self._prefix = f"session of {memory_limit_bytes} bytes".encode()
         """Memo key of the last call."""
         self._not_yet_run: list[tuple[Mapping[str, Any], ExecutionResult]] = []
         """Calls answered from the memo, which the executor must catch up with before it runs another."""
@@ -77,13 +77,12 @@ class Session:
         *,
         run_timeout_seconds: float,
         stdin: str | None = None,
-        memory_limit_bytes: int | None = None,
         print_last_expression: bool = False,
         deadline_seconds: float | None = None,
     ) -> ExecutionResult:
         """Run ``code`` where the calls before it ran. Calls made at the same time run one after the other.
 
-        Args: those of ``ExecutorClient.execute``.
+        Args: those of ``ExecutorClient.execute``; the memory limit is the session's.
 
         Raises:
             ValueError: the executor refuses the arguments or the token.
@@ -92,7 +91,6 @@ class Session:
             "code": code,
             "run_timeout_seconds": run_timeout_seconds,
             "stdin": stdin,
-            "memory_limit_bytes": memory_limit_bytes,
             "print_last_expression": print_last_expression,
         }
         deadline = Deadline(deadline_seconds)
@@ -150,7 +148,7 @@ class Session:
             self._caller.http,
             "POST",
             "/v1/sessions",
-            {} if self._ttl_seconds is None else {"ttl_seconds": self._ttl_seconds},
+            self._options,
             patience_seconds=self._caller.queue_timeout_seconds,
             deadline=deadline,
             headers=self._headers,
@@ -188,7 +186,7 @@ class Session:
     def _judge(self, answer: Answer) -> ExecutionResult:
         """The result of a call, and whether there can be another."""
         if answer.http_status == 404:
-            self._lose(f"{self.url} no longer has it")
+            self._lose(answer.message)
             return _rejected(f"the session is lost: {self._lost}")
         result = answer.result()
         if answer.fault in (Fault.UNREACHABLE, Fault.BROKEN, Fault.LATE):

@@ -205,8 +205,10 @@ class Endpoint:
         if response.status in _REFUSALS:
             refused = _REFUSALS[response.status]
             raise ValueError(f"the executor at {self.url} refuses the {refused}: {content.decode()}")
-        said = f"HTTP {response.status} from {self.url}"
         payload = _json_object(content)
+        said = f"HTTP {response.status} from {self.url}"
+        if detail := payload.get("detail"):
+            said = f"{detail} ({said})"
         if response.status == 429:
             retry_after = response.headers.get("Retry-After", "")
             return Answer(

@@ -58,8 +58,8 @@ http {{
     }}
 
     # The whole request is read before an executor is chosen, in memory.
-    client_max_body_size 32m;
-    client_body_buffer_size 32m;
+    client_max_body_size 64m;  # the executors refuse more
+    client_body_buffer_size 64m;
     proxy_http_version 1.1;
     proxy_set_header Connection "";
     proxy_buffering off;

@@ -1,11 +1,17 @@
-"""The pool over two real executors, one of which is killed while it runs calls."""
+"""The pool, and nginx, over two real executors, one of which is killed while it runs calls."""
 
 import asyncio
+import contextlib
+import os
+import shutil
+import socket
 import time
 
 import pytest
 from sandbox_server import Executor
+from ztrl_sandbox.client import ExecutorClient
 from ztrl_sandbox.client_pool import ExecutorPool
+from ztrl_sandbox.nginx import nginx_config
 from ztrl_sandbox.protocol import Status
 
 OPTIONS = ("--workers", "2", "--preload", "math")
@@ -89,3 +95,113 @@ async def test_the_token_opens_executors_that_ask_for_one():
                 await pool.execute("print(2)", run_timeout_seconds=20.0)
     finally:
         await asyncio.to_thread(executor.stop)
+
+
+async def test_a_session_keeps_its_variables_while_others_use_the_same_executors(executors):
+    async def count(session, number):
+        outputs = []
+        for _ in range(5):
+            code = f"x = globals().get('x', {number}) + 1\nprint(x)"
+            outputs.append((await session.execute(code, run_timeout_seconds=20.0)).stdout)
+        return outputs, session.url
+
+    async with (
+        ExecutorPool([executor.url for executor in executors]) as pool,
+        contextlib.AsyncExitStack() as stack,
+    ):
+        sessions = [await stack.enter_async_context(pool.session()) for _ in range(6)]
+        counted = await asyncio.gather(*(count(session, 10 * n) for n, session in enumerate(sessions)))
+        for n, (outputs, _) in enumerate(counted):
+            assert outputs == [f"{10 * n + step}\n" for step in range(1, 6)]
+        urls = [url for _, url in counted]
+        assert [urls.count(executor.url) for executor in executors] == [3, 3]
+        assert [executor.get("/health")["sessions"] for executor in executors] == [3, 3]
+    assert [executor.get("/health")["sessions"] for executor in executors] == [0, 0]
+
+
+async def test_what_a_session_survives_and_what_it_does_not(executors):
+    async with ExecutorClient(executors[0].url) as client:
+        async with client.session(memory_limit_bytes=256 << 20) as session:
+
+            async def run(code, **options):
+                return await session.execute(code, **{"run_timeout_seconds": 20.0, **options})
+
+            assert (await run("x = 1")).status is Status.OK
+            assert (await run("1 / 0")).status is Status.ERROR
+            assert (await run("while True: pass", run_timeout_seconds=0.3)).status is Status.TIMEOUT
+            assert (await run("x", print_last_expression=True)).stdout == "1\n"
+            assert (await run("y = bytearray(300 << 20)")).status is Status.MEMORY
+            assert (await run("import os; os._exit(3)")).exit_code == 3
+            assert not session.alive
+            after = await run("x")
+            assert after.status is Status.REJECTED and "its process ended" in after.message
+        async with client.session(ttl_seconds=0.2) as session:
+            assert (await run("x = 1")).status is Status.OK
+            await asyncio.sleep(0.6)
+            after = await run("x")
+            assert after.status is Status.REJECTED and "expired after 0.2 s" in after.message
+
+
+async def test_a_session_is_lost_with_its_killed_executor_and_says_so(executors):
+    async with ExecutorPool([executor.url for executor in executors], max_attempts=2) as pool:
+        async with pool.session() as session:
+            await session.execute("x = 1", run_timeout_seconds=20.0)
+            home = next(index for index, executor in enumerate(executors) if executor.url == session.url)
+            call = asyncio.create_task(
+                session.execute("import time; time.sleep(20)", run_timeout_seconds=20.0)
+            )
+            await asyncio.sleep(0.3)
+            kill(executors[home])
+            assert (await call).status is Status.SANDBOX_ERROR
+            after = await session.execute("x", run_timeout_seconds=20.0)
+            assert after.status is Status.REJECTED and after.message.startswith("the session is lost: ")
+        executors[home] = await restart(executors[home])
+        async with pool.session() as session:
+            assert (await session.execute("print(2)", run_timeout_seconds=20.0)).stdout == "2\n"
+
+
+async def test_a_replay_from_memory_runs_nothing_and_goes_on_where_the_original_stopped(executors):
+    first_calls = ["import random; random.seed(1); x = random.random()", "print(x)", "1 / 0"]
+    async with ExecutorPool([executor.url for executor in executors], memo_entries=100) as pool:
+        async with pool.session() as session:
+            recorded = [await session.execute(code, run_timeout_seconds=20.0) for code in first_calls]
+        served = sum(executor.served for executor in pool.executors)
+        async with pool.session() as session:
+            replayed = [await session.execute(code, run_timeout_seconds=20.0) for code in first_calls]
+            assert replayed == recorded and sum(executor.served for executor in pool.executors) == served
+            assert (await session.execute("print(x)", run_timeout_seconds=20.0)).stdout == recorded[1].stdout
+
+
+@pytest.mark.skipif(shutil.which("nginx") is None, reason="nginx is not on PATH")
+async def test_nginx_makes_two_executors_look_like_one(executors, tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        listen = f"127.0.0.1:{listener.getsockname()[1]}"
+    path = tmp_path / "nginx.conf"
+    path.write_text(nginx_config([executor.url for executor in executors], listen=listen))
+    user = "user root;" if os.geteuid() == 0 else ""  # who may enter this test's directory
+    nginx = await asyncio.create_subprocess_exec(
+        "nginx", "-p", tmp_path, "-c", path, "-g", f"daemon off; {user}"
+    )
+
+    async def in_session(client, number):
+        async with client.session() as session:
+            await session.execute(f"x = {number}", run_timeout_seconds=20.0)
+            return (await session.execute("print(x)", run_timeout_seconds=20.0)).stdout
+
+    try:
+        async with ExecutorClient(f"http://{listen}") as client:
+            calls = [client.execute(f"print({n})", run_timeout_seconds=20.0) for n in range(100)]
+            sessions = [in_session(client, n) for n in range(20)]
+            results, outputs = await asyncio.gather(asyncio.gather(*calls), asyncio.gather(*sessions))
+            assert [result.stdout for result in results] == [f"{n}\n" for n in range(100)]
+            assert outputs == [f"{n}\n" for n in range(20)]
+            kill(executors[0])
+            results = await asyncio.gather(
+                *(client.execute(f"print({n})", run_timeout_seconds=20.0) for n in range(20))
+            )
+            assert [result.stdout for result in results] == [f"{n}\n" for n in range(20)]
+            assert await in_session(client, 7) == "7\n"
+            executors[0] = await restart(executors[0])
+    finally:
+        nginx.terminate()
+        await nginx.wait()
