@@ -10,7 +10,6 @@ from __future__ import annotations
 import abc
 import os
 import resource
-import shutil
 import signal
 import sys
 import tempfile
@@ -22,6 +21,7 @@ from typing import NoReturn
 
 from ztrl_sandbox import linux, proctree
 from ztrl_sandbox.protocol import Limits
+from ztrl_sandbox.scratch import remove_tree
 
 FIRST_SNIPPET_UID = 61000
 """Host uid of slot 0; slot k runs as this + k, so that RLIMIT_NPROC counts each slot by itself."""
@@ -171,7 +171,7 @@ class BasicIsolation(Isolation):
 
     def end(self, slot: Slot) -> None:
         proctree.kill_children()
-        shutil.rmtree(slot.scratch_dir)
+        remove_tree(slot.scratch_dir)
         self._make_scratch(slot)
 
 

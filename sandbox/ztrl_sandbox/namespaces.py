@@ -30,6 +30,7 @@ from ztrl_sandbox.isolation import (
     limit_processes,
 )
 from ztrl_sandbox.protocol import Limits
+from ztrl_sandbox.scratch import remove_tree
 
 _NAMESPACES = linux.CLONE_NEWNS | linux.CLONE_NEWNET | linux.CLONE_NEWIPC | linux.CLONE_NEWUTS
 
@@ -238,7 +239,7 @@ def _remove(entry: os.DirEntry[str]) -> None:
     try:
         os.rmdir(entry)  # as a rule it is empty
     except OSError:
-        shutil.rmtree(entry)
+        remove_tree(Path(entry))
 
 
 def _enter_minimal_root() -> None:
