@@ -22,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="of the server that is started")
     parser.add_argument("--preload", default="math,sympy,numpy", help="of the server that is started")
     parser.add_argument("--isolation", default="auto", help="tier of the server that is started")
-    parser.add_argument("--load", nargs="+", choices=list(LOADS), default=list(LOADS))
+    parser.add_argument("--load", nargs="+", choices=list(LOADS), default=["trivial", "sympy", "mixed"])
     parser.add_argument("--concurrency", type=int, nargs="+", default=[1, 32, 256, 2048])
     parser.add_argument(
         "--seconds", type=float, default=8.0, help="of a row; each caller makes a call at least"

@@ -52,11 +52,11 @@ async def main(arguments: argparse.Namespace) -> int:
         for name, text in setting.items():
             print(f"{name:8} {text}")
         driver = Driver(session, url, PROTOCOLS[arguments.protocol], pid)
-        await driver.warm_up()
+        await driver.warm_up(arguments.load)
         print(f"\n{_TABLE_HEAD}", flush=True)
         for load in arguments.load:
             for concurrency in arguments.concurrency:
-                rows.append(await driver.measure(load, concurrency, arguments.seconds))
+                rows.append(await driver.measure(load, concurrency, seconds=arguments.seconds))
                 _print_row(rows[-1])
     if floors:
         floors.append(_floor(preload, arguments.workers))  # before and after: the machine may not be quiet
@@ -110,8 +110,8 @@ def _print_row(row: Row) -> None:
         f"{_number(row.executor_cpu_ms_per_call, 5, 2)}",
         flush=True,
     )
-    if row.first_failure:
-        print(f"  first: {row.first_failure}", flush=True)
+    for failure in row.failures:
+        print(f"  {failure[:500]}", flush=True)
 
 
 def _print_verdicts(rows: list[Row], floor: float | None) -> None:

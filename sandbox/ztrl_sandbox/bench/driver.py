@@ -13,7 +13,7 @@ from pathlib import Path
 
 import aiohttp
 
-from ztrl_sandbox.bench.loads import LOADS, Snippet, snippets
+from ztrl_sandbox.bench.loads import Snippet, snippets
 from ztrl_sandbox.bench.protocols import Answer, Protocol
 from ztrl_sandbox.proctree import descendants
 
@@ -50,8 +50,8 @@ class Row:
     """Of the HTTP process."""
     executor_cpu_ms_per_call: float | None
     """Of the HTTP process, the zygote, the workers and the snippets together."""
-    first_failure: str
-    """The first call that was wrong or lost, and how; empty: none was."""
+    failures: list[str]
+    """The first call of each kind of answer that was wrong, and the first that was lost."""
 
 
 def percentile(values: Sequence[float], percent: int) -> float:
@@ -70,7 +70,8 @@ class _Tally:
         self.queue_ms: list[float] = []
         self.wrong = 0
         self.lost = 0
-        self.first_failure = ""
+        self.failures: dict[tuple[str, str], str] = {}
+        """Expected and actual status → the first such call."""
 
     def add(self, snippet: Snippet, answer: Answer, call_seconds: float) -> None:
         self.call_ms.append(1e3 * call_seconds)
@@ -79,11 +80,11 @@ class _Tally:
             self.queue_ms.append(1e3 * answer.queue_seconds)
         if not self._protocol.is_right(snippet, answer):
             self.wrong += 1
-            self.first_failure = self.first_failure or f"{snippet.code!r} gave {answer}"
+            self.failures.setdefault((snippet.status, answer.status), f"{snippet.code!r} gave {answer}")
 
     def add_lost(self, failure: str) -> None:
         self.lost += 1
-        self.first_failure = self.first_failure or failure
+        self.failures.setdefault(("lost", "lost"), failure)
 
 
 class Driver:
@@ -102,37 +103,39 @@ class Driver:
         self._protocol = protocol
         self._pid = pid
 
-    async def warm_up(self) -> None:
-        """Run a few of every load, uncounted."""
-        for load in LOADS:
+    async def warm_up(self, loads: Sequence[str]) -> None:
+        """Run a few of each load, uncounted."""
+        for load in loads:
             tally = _Tally(self._protocol)
             for snippet, _ in zip(snippets(load), range(_WARM_UP_CALLS), strict=False):
                 await self._call(snippet, tally)
 
-    async def measure(self, load: str, concurrency: int, seconds: float) -> Row:
-        """Keep ``concurrency`` calls open for ``seconds``; each caller makes at least one."""
+    async def measure(self, load: str, concurrency: int, *, seconds: float = 0.0, calls: int = 0) -> Row:
+        """Keep ``concurrency`` calls open for ``seconds`` and ``calls``; each caller makes at least one."""
         tally = _Tally(self._protocol)
         source = snippets(load)
+        sent = 0
         cpu_before = self._cpu_seconds()
         started_at = time.perf_counter()
 
         async def caller() -> None:
+            nonlocal sent
             for snippet in source:
+                sent += 1
                 await self._call(snippet, tally)
-                if time.perf_counter() - started_at >= seconds:
+                if sent >= calls and time.perf_counter() - started_at >= seconds:
                     return
 
         await asyncio.gather(*(caller() for _ in range(concurrency)))
         elapsed_seconds = time.perf_counter() - started_at
-        calls = len(tally.call_ms) + tally.lost
         client_ms, *server_ms = (
-            1e3 * (after - before) / calls
+            1e3 * (after - before) / sent
             for before, after in zip(cpu_before, self._cpu_seconds(), strict=True)
         )
         return Row(
             load=load,
             concurrency=concurrency,
-            calls=calls,
+            calls=sent,
             calls_per_second=len(tally.call_ms) / elapsed_seconds,
             queue_p50_ms=percentile(tally.queue_ms, 50) if tally.queue_ms else None,
             queue_p99_ms=percentile(tally.queue_ms, 99) if tally.queue_ms else None,
@@ -145,7 +148,7 @@ class Driver:
             client_cpu_ms_per_call=client_ms,
             server_cpu_ms_per_call=server_ms[0] if server_ms else None,
             executor_cpu_ms_per_call=server_ms[1] if server_ms else None,
-            first_failure=tally.first_failure,
+            failures=list(tally.failures.values()),
         )
 
     async def _call(self, snippet: Snippet, tally: _Tally) -> None:

@@ -64,7 +64,36 @@ def _mixed(number: int) -> Snippet:
     return _sympy(number) if number % 2 else _trivial(number)
 
 
-LOADS = {"trivial": _trivial, "sympy": _sympy, "mixed": _mixed}
+_LEAVING_THINGS = (
+    Snippet("import os, time\nif os.fork() == 0:\n  os.setsid()\n  time.sleep(60)\nprint(1)", "ok", "1\n"),
+    Snippet("import os\nfor _ in range(20):\n  if os.fork() == 0: os._exit(0)\nprint(2)", "ok", "2\n"),
+    Snippet(
+        "import threading, time\nfor _ in range(20):\n"
+        "  threading.Thread(target=time.sleep, args=(60,), daemon=True).start()\nprint(3)",
+        *("ok", "3\n"),
+    ),
+    Snippet(
+        "import os\nfor k in range(50): open(str(k), 'w').write('x' * 9999)\nos.makedirs('a/b/c')\nprint(4)",
+        *("ok", "4\n"),
+    ),
+    Snippet("import socket\nkept = [socket.socketpair() for _ in range(50)]\nprint(5)", "ok", "5\n"),
+    Snippet("import mmap\nmmap.mmap(-1, 50 << 20).write(b'x' * (20 << 20))\nprint(6)", "ok", "6\n"),
+    Snippet("print('x' * 60_000)", "ok", "x" * 60_000 + "\n"),
+    Snippet("import sys; sys.stdout.close()", "ok", ""),
+    Snippet("1 / 0", "error", ""),
+    Snippet("import os; os.abort()", "killed", ""),
+    Snippet("while True: pass", "timeout", "", 0.1),
+    _memory_bomb(7),
+)
+
+
+def _soak(number: int) -> Snippet:
+    """Every third leaves something behind, or ends badly."""
+    hostile = number % 3 == 0
+    return _LEAVING_THINGS[number // 3 % len(_LEAVING_THINGS)] if hostile else _trivial(number)
+
+
+LOADS = {"trivial": _trivial, "sympy": _sympy, "mixed": _mixed, "soak": _soak}
 
 
 def snippets(load: str) -> Iterator[Snippet]:

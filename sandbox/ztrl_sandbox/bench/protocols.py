@@ -74,12 +74,12 @@ PROTOCOLS = {
         path="/v1/execute",
         body=_native_body,
         parse=_parse_native,
-        statuses={"ok": "ok", "timeout": "timeout", "memory": "memory"},
+        statuses={status: status for status in ("ok", "error", "timeout", "memory", "killed")},
     ),
     "sandboxfusion": Protocol(
         path="/run_code",
         body=_fusion_body,
         parse=_parse_fusion,
-        statuses={"ok": "ok", "timeout": "timeout", "memory": "error"},
+        statuses={"ok": "ok", "error": "error", "timeout": "timeout", "memory": "error", "killed": "error"},
     ),
 }

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from hostile import ALL, HONEST, HONEST_OUTPUT, OPTIONS, WORKERS, calm, launcher_for
 from sandbox_server import Executor, executor_with, running, until
+from ztrl_sandbox.bench.soak import server_cgroups
 from ztrl_sandbox.client import ExecutorClient
 from ztrl_sandbox.proctree import descendants
 
@@ -86,7 +87,8 @@ def test_a_zygote_that_dies_costs_no_call(victim):
         assert seconds_to_next_answer(victim) < MAX_RECOVERY_SECONDS
         assert call.result()["stdout"] == "lived\n"
     assert until(lambda: victim.get("/health")["zygote_pid"] != zygote)
-    for _ in range(2 * WORKERS):
+    for pid in victim.get("/health")["worker_pids"]:
+        os.kill(pid, signal.SIGKILL)
         assert seconds_to_next_answer(victim) < MAX_RECOVERY_SECONDS
     assert until(lambda: calm(victim))
 
@@ -119,6 +121,7 @@ def test_a_client_outlives_its_server(tier):
             assert seconds_to_next_answer(second) < MAX_RECOVERY_SECONDS
             assert answer.result(timeout=20) == "answered\n"
     assert until(lambda: not any(map(running, family)))
+    assert server_cgroups(first.process.pid) == []
 
 
 @pytest.fixture(params=ALL)

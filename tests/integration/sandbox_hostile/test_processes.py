@@ -61,6 +61,15 @@ if __name__ == "__main__":
 """
 
 
+THREADS = """
+import threading
+from concurrent.futures import ThreadPoolExecutor
+all_started = threading.Barrier(16)
+with ThreadPoolExecutor(16) as threads:
+    print(sorted(threads.map(lambda _: all_started.wait(10), range(16))))
+"""
+
+
 def multiplying() -> list[Case]:
     # Where the user id is its own the kernel refuses the 129th process; else the worker sees it.
     refused = {"full": "error", "user": "error", "basic": "killed"}
@@ -76,6 +85,7 @@ def multiplying() -> list[Case]:
         Case(name="child of the worker", claim="processes", code=clone_parent(), stdout="done\n"),
         Case(name="adopter of daemons", claim="processes", code=ADOPTER, stdout="done\n"),
         Case(name="process pools", claim="processes", code=POOLS, stdout="285\n285\n7\n"),
+        Case(name="sixteen threads", claim="processes", code=THREADS, stdout=f"{list(range(16))}\n"),
     ]
 
 

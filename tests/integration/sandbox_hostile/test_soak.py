@@ -1,0 +1,33 @@
+"""After very many calls an executor is what it was after few."""
+
+import asyncio
+
+import pytest
+from hostile import ALL, OPTIONS, launcher_for
+from sandbox_server import executor_with, running, until
+from ztrl_sandbox.bench.soak import server_cgroups, soak
+from ztrl_sandbox.proctree import descendants
+
+MIB = 1 << 20
+
+
+@pytest.mark.parametrize(
+    "calls",
+    [
+        pytest.param(1_000, id="1000"),
+        pytest.param(20_000, id="20000", marks=[pytest.mark.slow, pytest.mark.timeout(1800)]),
+    ],
+)
+@pytest.mark.parametrize("tier", ALL)
+def test_calls_leave_nothing_behind(tier, calls):
+    with executor_with(tier, *OPTIONS, launcher=launcher_for(tier)) as executor:
+        result = asyncio.run(soak(executor.url, executor.process.pid, calls, concurrency=8))
+        family = descendants(executor.process.pid)
+        print(result.before, result.after, sep="\n")
+    assert (result.row.calls, result.row.wrong, result.row.lost) == (calls, 0, 0), result.row.failures
+    assert result.after.countable == result.before.countable
+    assert result.after.server_bytes - result.before.server_bytes < 8 * MIB
+    assert result.after.zygote_bytes - result.before.zygote_bytes < MIB
+    assert result.after.workers_bytes - result.before.workers_bytes < 4 * MIB
+    assert until(lambda: not any(map(running, family)))
+    assert server_cgroups(executor.process.pid) == []
