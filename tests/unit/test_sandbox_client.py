@@ -302,9 +302,11 @@ async def test_arguments_that_are_refused_leave_the_session_alive(against):
 # Imports
 
 
-@pytest.mark.parametrize("module", ["zygote", "worker", "harness", "isolation", "client", "process", "pool"])
+@pytest.mark.parametrize(
+    "module", ["zygote", "worker", "harness", "isolation", "client_pool", "process", "pool"]
+)
 def test_a_module_loads_without_what_its_process_must_not_hold(module):
-    forbidden = {"megatron_ztrl", "fastapi", "torch"} | (set() if module == "client" else {"aiohttp"})
+    forbidden = {"megatron_ztrl", "fastapi", "torch"} | (set() if module == "client_pool" else {"aiohttp"})
     root = str(Path(ztrl_sandbox.__file__).parent.parent)
     code = f"import sys; sys.path.insert(0, {root!r}); import ztrl_sandbox.{module}; print(*sys.modules)"
     loaded = subprocess.run(
