@@ -120,6 +120,7 @@ class SessionAnswer(BaseModel):
 
     session_id: str = Field(description="Unguessable; whoever has it can run code in the session.")
     state: Literal["idle", "busy"]
+    pending_calls: int = Field(description="Calls that run or wait.")
     ttl_seconds: float
     idle_seconds: float = Field(description="Since the last call ended.")
     memory_limit_bytes: int

@@ -173,6 +173,7 @@ class SessionTable:
         return {
             "session_id": session.id,
             "state": "busy" if session.pending else "idle",
+            "pending_calls": session.pending,
             "ttl_seconds": session.ttl_seconds,
             "idle_seconds": 0.0 if session.pending else time.monotonic() - session.used_at,
             "memory_limit_bytes": session.memory_limit_bytes,

@@ -7,12 +7,11 @@ import subprocess
 import sys
 import threading
 import urllib.request
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 from jsonschema import Draft202012Validator
-from sandbox_server import ENVIRONMENT, available_tiers, executor_with, running, until
+from sandbox_server import ENVIRONMENT, Executor, available_tiers, executor_with, running, until
 from ztrl_sandbox.client import ExecutorClient
 from ztrl_sandbox.process import ExecutorServer
 
@@ -160,6 +159,11 @@ def test_a_body_that_is_too_large_is_refused(guarded):
     assert guarded.execute("print(1)")["stdout"] == "1\n"
 
 
+def idle_workers(executor: Executor) -> int:
+    text = urllib.request.urlopen(executor.url + "/metrics").read().decode()
+    return int(float(text.partition("\nztrl_sandbox_idle_workers ")[2].partition("\n")[0]))
+
+
 def test_the_queue_is_first_in_first_out():
     with executor_with("basic", "--workers", "1", "--preload", "") as executor:
         started: dict[int, int] = {}
@@ -167,15 +171,14 @@ def test_the_queue_is_first_in_first_out():
         def arrive(number: int) -> None:
             started[number] = int(executor.execute("import time; print(time.monotonic_ns())")["stdout"])
 
-        with ThreadPoolExecutor(1) as first:
-            blocker = first.submit(executor.execute, "import time; time.sleep(0.5)")
-            threads = [threading.Thread(target=arrive, args=(number,)) for number in range(20)]
+        threads = [threading.Thread(target=arrive, args=(number,)) for number in range(20)]
+        with executor.open_call("/v1/execute", "import time; time.sleep(60)"):
+            assert until(lambda: not idle_workers(executor))
             for count, thread in enumerate(threads):
                 thread.start()
                 assert until(lambda count=count: executor.get("/health")["queued"] == count + 1)
-            blocker.result()
-            for thread in threads:
-                thread.join()
+        for thread in threads:
+            thread.join()
         assert sorted(started, key=started.__getitem__) == list(range(20))
 
 
