@@ -121,6 +121,27 @@ def attempt(action):
 {tries}"""
 
 
+MEMORY_SEARCH = """
+needle = b"".join([{halves}])
+found = 0
+with open("/proc/self/mem", "rb", 0) as memory:
+    for line in open("/proc/self/maps"):
+        fields = line.split()
+        if fields[1].startswith("r") and fields[-1] not in ("[vvar]", "[vsyscall]", "[vvar_vclock]"):
+            start, end = (int(x, 16) for x in fields[0].split("-"))
+            memory.seek(start)
+            found += memory.read(end - start).count(needle)
+print(found - {own})
+"""
+
+
+def memory_search(needle: str) -> str:
+    """Prints how often ``needle`` is in the snippet's memory, its own copies apart."""
+    half = len(needle) // 2
+    halves = f"b{needle[:half]!r}, b{needle[half:]!r}"
+    return MEMORY_SEARCH.format(halves=halves, own=1)
+
+
 def calm(executor: Executor) -> bool:
     """Whether every worker is up and no process is there that need not be."""
     return len(executor.get("/health")["worker_pids"]) == WORKERS and executor.settled()

@@ -44,6 +44,7 @@ DENIED = {
     ],
     "bpf": [("bpf", 0, "buffer", 128)],
     "io_uring": [("io_uring_setup", 8, "buffer"), ("io_uring_enter", 0, 1, 0, 0, 0, 0)],
+    "asynchronous files, of which the whole machine has 65,536": [("io_setup", 1024, "buffer")],
     "keyrings": [
         ("keyctl", 0, -3, 1),
         ("add_key", "buffer", "buffer", "buffer", 1, -3),

@@ -42,6 +42,27 @@ for number in range(10):
 print("kept")
 """
 
+IN_SOCKETS = """
+import os, socket, time
+def fill():
+    kept = []
+    for _ in range(100):
+        kept.append(socket.socketpair())
+        for end in kept[-1]:
+            end.setblocking(False)
+            try:
+                while True:
+                    end.send(bytes(1 << 16))
+            except BlockingIOError:
+                pass
+    time.sleep(2)
+for _ in range(24):  # 1 GiB, should nothing stop it
+    if os.fork() == 0:
+        fill()
+        os._exit(0)
+time.sleep(2)
+"""
+
 OVER_THE_LIMIT = {"claim": "memory", "status": "memory"}
 
 BOMBS = [
@@ -88,6 +109,12 @@ BOMBS = [
         code=UNMAPPED,
         status="error",
         stderr_end="Operation not permitted",
+    ),
+    Case(
+        name="buffers of sockets",
+        claim="memory that no process has mapped",
+        code=IN_SOCKETS,
+        status="memory",
     ),
     Case(
         name="file in memory",

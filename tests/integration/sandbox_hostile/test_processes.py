@@ -1,9 +1,24 @@
 """Snippets that multiply, kill, or end in unusual ways."""
 
 import signal
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pyseccomp as seccomp
-from hostile import WORKERS, Case, attempt, on_every_claiming_tier, on_tiers, withstand
+from hostile import (
+    HONEST,
+    HONEST_OUTPUT,
+    WORKERS,
+    Case,
+    attempt,
+    launcher_for,
+    on_every_claiming_tier,
+    on_tiers,
+    undisturbed,
+    withstand,
+)
+from sandbox_server import executor_with, until
+from ztrl_sandbox.proctree import descendants
 
 FORK_BOMB = "import os, time\nfor _ in range(300):\n  if os.fork() == 0: time.sleep(60)\ntime.sleep(60)"
 """Not exponential: should the limit fail, this machine must survive the test."""
@@ -230,3 +245,48 @@ def test_the_priority_of_a_slot_is_no_snippets_to_lower(executor):
         executor.execute(lower)
     priorities = [executor.execute("import os; print(os.nice(0))")["stdout"] for _ in range(WORKERS)]
     assert priorities == ["0\n"] * WORKERS
+
+
+HUNDRED_PROCESSES = """
+import os, time
+for _ in range(300):
+    try:
+        if os.fork() == 0:
+            time.sleep(60)
+    except OSError:
+        break
+print("full", flush=True)
+time.sleep(2)
+"""
+
+
+@on_tiers("processes")
+def test_the_limits_of_one_executor_are_not_those_of_another(executor):
+    tier = executor.isolation
+    with (
+        executor_with(tier, "--preload", "math", launcher=launcher_for(tier)) as other,
+        ThreadPoolExecutor(WORKERS) as threads,
+    ):
+        before = len(descendants(executor.process.pid))
+        hoards = [threads.submit(executor.execute, HUNDRED_PROCESSES) for _ in range(WORKERS)]
+        assert until(lambda: len(descendants(executor.process.pid)) > before + 200 or hoards[0].done())
+        answers = [other.execute(HONEST) for _ in range(WORKERS)]
+        assert [(answer["status"], answer["stdout"]) for answer in answers] == [
+            ("ok", HONEST_OUTPUT)
+        ] * WORKERS
+
+
+BUSY_CHILDREN = "import os\nfor _ in range(60):\n  if os.fork() == 0: break\nwhile True: pass"
+
+
+@on_tiers("processes")
+def test_sixty_busy_processes_slow_a_neighbour_down_by_a_second_at_most(executor):
+    with undisturbed(executor), ThreadPoolExecutor(1) as threads:
+        hostile = threads.submit(executor.execute, BUSY_CHILDREN, 1.0)
+        slowest_seconds = 0.0
+        while not hostile.done():
+            started_at = time.monotonic()
+            executor.execute(HONEST)
+            slowest_seconds = max(slowest_seconds, time.monotonic() - started_at)
+    assert slowest_seconds < 1
+    assert hostile.result()["status"] == "timeout"
