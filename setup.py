@@ -15,6 +15,9 @@ ROOT = Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "megatron_ztrl/__init__.py").read_text()).group(1)
 README = ROOT / "README.md"
 
+# The executor's server; its client needs only what is installed always.
+SANDBOX = ["fastapi>=0.115", "uvicorn>=0.30", "prometheus_client>=0.20", "pyseccomp>=0.1.2"]
+
 TRAIN = [
     "torch==2.13.0",
     "megatron-core==0.16.1",
@@ -51,7 +54,6 @@ setup(
     install_requires=[
         "numpy>=2",
         "aiohttp>=3.14",
-        "pyseccomp>=0.1.2",
         "omegaconf>=2.4,<3",
         "pydantic>=2.14,<3",
         "PyYAML>=6",
@@ -59,8 +61,9 @@ setup(
         "Jinja2>=3.1",
     ],
     extras_require={
-        "cpu": TRAIN,
-        "gpu": [*TRAIN, "sglang==0.5.21", "transformer-engine[core_cu13,pytorch]"],
+        "sandbox": SANDBOX,
+        "cpu": [*TRAIN, *SANDBOX],
+        "gpu": [*TRAIN, *SANDBOX, "sglang==0.5.21", "transformer-engine[core_cu13,pytorch]"],
         "dev": [
             "pytest>=9",
             "pytest-asyncio>=1.5",

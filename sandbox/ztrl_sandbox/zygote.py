@@ -18,7 +18,6 @@ import importlib
 import json
 import os
 import select
-import shutil
 import socket
 import sys
 import traceback
@@ -27,6 +26,7 @@ from pathlib import Path
 from ztrl_sandbox import isolation, linux, proctree, tiers
 from ztrl_sandbox.cgroup import SlotMemory
 from ztrl_sandbox.protocol import Limits
+from ztrl_sandbox.scratch import remove_tree
 from ztrl_sandbox.worker import Worker
 
 _FRAME_BYTES = 4096
@@ -63,7 +63,7 @@ class Zygote:
             self._spawn(json.loads(message)["spawn"], fds)
         # After a clean stop nothing is left to do here; after the server's sudden death there is.
         proctree.kill_children()
-        shutil.rmtree(self._scratch_root, ignore_errors=True)
+        remove_tree(self._scratch_root)
 
     def _spawn(self, index: int, fds: list[int]) -> None:
         slot = isolation.Slot(index=index, limits=self._limits, scratch_root=self._scratch_root)
