@@ -41,8 +41,8 @@ def _sympy(number: int) -> Snippet:
         code = f"x = sympy.Symbol('x')\nprint(sympy.solve(x**2 - {low + high}*x + {low * high}, x))"
         return Snippet(f"import sympy\n{code}", "ok", f"[{low}, {high}]\n")
     low, high = _PRIMES[number % 5], _PRIMES[5 + number // 5 % 5]
-    code = f"import sympy\nprint(sympy.factorint({low * high}))"
-    return Snippet(code, "ok", f"{{{low}: 1, {high}: 1}}\n")
+    code = f"import sympy\nprint(sorted(sympy.factorint({low * high}).items()))"
+    return Snippet(code, "ok", f"{[(low, 1), (high, 1)]}\n")
 
 
 def _endless_loop(number: int) -> Snippet:

@@ -1,0 +1,48 @@
+"""``ztrl-sandbox bench`` from the command line, over a real executor."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from sandbox_server import ENVIRONMENT, executor_with
+from ztrl_sandbox.bench.floor import forks_per_second
+
+SHORT = ("--seconds", "0.3", "--concurrency", "1", "8")
+
+
+def bench(*options: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "ztrl_sandbox", "bench", *SHORT, *options]
+    return subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=120, check=False)
+
+
+def test_it_starts_an_executor_measures_every_load_and_judges(tmp_path):
+    outcome = bench("--workers", "2", "--json", str(tmp_path / "figures.json"))
+    assert outcome.returncode == 0, outcome.stdout + outcome.stderr
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    assert [(row["load"], row["concurrency"]) for row in figures["rows"]] == [
+        *(("trivial", 1), ("trivial", 8), ("sympy", 1), ("sympy", 8), ("mixed", 1), ("mixed", 8))
+    ]
+    assert all((row["wrong"], row["lost"]) == (0, 0) for row in figures["rows"])
+    assert all(0 < row["run_p50_ms"] <= row["call_p50_ms"] <= row["call_p99_ms"] for row in figures["rows"])
+    for row in figures["rows"]:
+        assert row["server_cpu_ms_per_call"] < row["executor_cpu_ms_per_call"]
+        assert row["calls"] == pytest.approx(row["calls_per_second"] * 0.3, rel=0.9)
+    before, after = figures["forks_per_second"]
+    assert before > 10 and after > 10
+    assert "2 workers, preload math,sympy,numpy" in outcome.stdout
+    assert "lost calls" in outcome.stdout and "MISSED" not in outcome.stdout.splitlines()[-1]
+
+
+def test_it_drives_a_server_of_either_protocol():
+    with executor_with("auto", "--workers", "2", "--preload", "math,sympy") as executor:
+        for protocol in ("native", "sandboxfusion"):
+            outcome = bench("--url", executor.url, "--protocol", protocol, "--load", "trivial", "mixed")
+            assert outcome.returncode == 0, outcome.stdout + outcome.stderr
+            assert "fork" not in outcome.stdout  # another machine's floor is not this one's
+
+
+def test_a_larger_process_forks_more_slowly():
+    assert forks_per_second(["math"], forkers=1, seconds=0.3) > forks_per_second(
+        ["sympy"], forkers=1, seconds=0.3
+    )
