@@ -11,14 +11,13 @@ from ztrl_sandbox.proctree import descendants
 MIB = 1 << 20
 
 
+VERY_MANY = [pytest.mark.slow, pytest.mark.timeout(1800)]
+
+
 @pytest.mark.parametrize(
-    "calls",
-    [
-        pytest.param(1_000, id="1000"),
-        pytest.param(20_000, id="20000", marks=[pytest.mark.slow, pytest.mark.timeout(1800)]),
-    ],
+    ("tier", "calls"),
+    [("full", 1_000), *(pytest.param(tier, 20_000, marks=VERY_MANY) for tier in ALL)],
 )
-@pytest.mark.parametrize("tier", ALL)
 def test_calls_leave_nothing_behind(tier, calls):
     with executor_with(tier, *OPTIONS, launcher=launcher_for(tier)) as executor:
         result = asyncio.run(soak(executor.url, executor.process.pid, calls, concurrency=8))

@@ -27,8 +27,8 @@ ENDLESS = {
     "child of another program": "import subprocess; subprocess.run(['sleep', '60'])",
     "child in a session of its own": "import os\nif os.fork() == 0:\n  os.setsid()\n  while True: pass\nos.wait()",
     "children that replace one another": (
-        "import os, time\nif os.fork() == 0:\n  for _ in range(2000):\n    if os.fork() != 0: os._exit(0)\n"
-        "time.sleep(60)"
+        "import os, time\nif os.fork() == 0:\n  for _ in range(2000):\n    time.sleep(0.01)\n"
+        "    if os.fork() != 0: os._exit(0)\ntime.sleep(60)"
     ),
 }
 
