@@ -1,5 +1,6 @@
 """What a hostile snippet is, which tier claims to withstand it, and what withstanding means."""
 
+import functools
 import os
 import subprocess
 import sys
@@ -38,6 +39,9 @@ CLAIMS = {
 
 WORKERS = 2
 OPTIONS = ("--workers", str(WORKERS), "--memory-limit-bytes", str(300 << 20), "--preload", "math,sympy,numpy")
+
+QUICKLY = (*OPTIONS, "--preload", "math")
+"""For an executor that is started for one test."""
 
 HONEST = """
 import os, tempfile
@@ -197,12 +201,19 @@ class Executors:
         self._stack.close()
 
 
-def launcher_for(tier: str) -> list[str]:
+def launcher_for(tier: str) -> tuple[str, ...]:
     """What starts an executor of this tier as who it is meant for. Skips the test where that cannot be done."""
-    launcher: list[str] = []
+    launcher, obstacle = _launcher_and_obstacle(tier)
+    if obstacle is not None:
+        pytest.skip(obstacle)
+    return launcher
+
+
+@functools.cache
+def _launcher_and_obstacle(tier: str) -> tuple[tuple[str, ...], str | None]:
     if tier == "user" and os.geteuid() == 0:
-        launcher = [sys.executable, str(Path(__file__).with_name("as_nobody.py"))]
-        probe = [
+        launcher = (sys.executable, str(Path(__file__).with_name("as_nobody.py")))
+        probe = (
             *launcher,
             sys.executable,
             "-m",
@@ -212,15 +223,15 @@ def launcher_for(tier: str) -> list[str]:
             tier,
             "--preload",
             "",
-        ]
+        )
         attempt = subprocess.run(
             probe, env=ENVIRONMENT, capture_output=True, text=True, timeout=60, check=False
         )
         if attempt.returncode != 0:
-            pytest.skip(f"the user tier cannot run as a user that is not root: {attempt.stderr[-500:]}")
-        return launcher
+            return launcher, f"the user tier cannot run as a user that is not root: {attempt.stderr[-500:]}"
+        return launcher, None
     try:
         tiers.choose(tier)
     except ValueError as error:
-        pytest.skip(str(error))
-    return launcher
+        return (), str(error)
+    return (), None

@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from hostile import ALL, HONEST, HONEST_OUTPUT, OPTIONS, WORKERS, calm, launcher_for
+from hostile import ALL, HONEST, HONEST_OUTPUT, OPTIONS, QUICKLY, WORKERS, calm, launcher_for
 from sandbox_server import Executor, executor_with, running, until
 from ztrl_sandbox.bench.soak import server_cgroups
 from ztrl_sandbox.client import ExecutorClient
@@ -98,7 +98,7 @@ def test_a_client_outlives_its_server(tier):
     """Killed in mid-call and started again on the same port; the client's call is answered in the end."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    arguments = [*OPTIONS, "--preload", "math", "--port", str(port)]
+    arguments = [*QUICKLY, "--port", str(port)]
     launcher = launcher_for(tier)
 
     async def call(url: str) -> str:
@@ -143,7 +143,7 @@ def cramped(request, tmp_path):
             if directory.is_relative_to("/tmp/pytest-of-root"):
                 directory.chmod(0o755)
         launcher = ["env", f"TMPDIR={small}", *launcher_for(request.param)]
-        with executor_with(request.param, *OPTIONS, launcher=launcher) as executor:
+        with executor_with(request.param, *QUICKLY, launcher=launcher) as executor:
             yield executor, small
         assert list(small.glob("ztrl-*")) == []
     finally:

@@ -8,6 +8,7 @@ import pyseccomp as seccomp
 from hostile import (
     HONEST,
     HONEST_OUTPUT,
+    QUICKLY,
     WORKERS,
     Case,
     attempt,
@@ -271,7 +272,7 @@ time.sleep(1)
 def test_the_limits_of_one_executor_are_not_those_of_another(executor):
     tier = executor.isolation
     with (
-        executor_with(tier, "--preload", "math", launcher=launcher_for(tier)) as other,
+        executor_with(tier, *QUICKLY, launcher=launcher_for(tier)) as other,
         ThreadPoolExecutor(WORKERS) as threads,
     ):
         before = len(descendants(executor.process.pid))
