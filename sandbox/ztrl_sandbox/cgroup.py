@@ -41,9 +41,12 @@ class MemoryCgroups:
         parent, version = _own_cgroup()
         if version == 2:
             (parent / "cgroup.subtree_control").write_text("+memory")
-        self._root = parent / f"ztrl-sandbox-{os.getpid()}"
-        self._root.mkdir()
+        self.name = f"ztrl-sandbox-{os.getpid()}"
+        self.parent_fd = os.open(parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        """Directory that ``name`` is in; with it the zygote can remove what a killed server leaves."""
+        self._root = parent / self.name
         try:
+            self._root.mkdir()
             if version == 2:
                 (self._root / "cgroup.subtree_control").write_text("+memory")
             os.close(self.open_slot(0))
@@ -57,11 +60,28 @@ class MemoryCgroups:
         directory.mkdir(exist_ok=True)
         return os.open(directory, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
 
+    def remove_slot(self, index: int) -> None:
+        """Remove the slot's cgroup; no process may be left inside."""
+        with contextlib.suppress(FileNotFoundError):
+            (self._root / f"slot-{index}").rmdir()
+
     def close(self) -> None:
         """Remove all of them; no process may be left inside."""
-        for directory in self._root.glob("slot-*"):
-            directory.rmdir()
-        self._root.rmdir()
+        remove(self.parent_fd, self.name)
+        os.close(self.parent_fd)
+
+
+def remove(parent_fd: int, name: str) -> None:
+    """Remove the cgroups of a server, if they are there."""
+    with contextlib.suppress(FileNotFoundError):
+        root = os.open(name, os.O_RDONLY | os.O_DIRECTORY, dir_fd=parent_fd)
+        try:
+            for entry in os.listdir(root):
+                if entry.startswith("slot-"):
+                    os.rmdir(entry, dir_fd=root)
+        finally:
+            os.close(root)
+        os.rmdir(name, dir_fd=parent_fd)
 
 
 class SlotMemory:

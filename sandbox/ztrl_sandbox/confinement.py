@@ -13,13 +13,14 @@ from ztrl_sandbox import linux
 _DENIED = (
     "ptrace process_vm_readv process_vm_writev process_madvise process_mrelease pidfd_getfd kcmp mount "
     "umount2 pivot_root chroot mount_setattr move_mount open_tree fsopen fsconfig fsmount fspick unshare "
-    "setns name_to_handle_at open_by_handle_at quotactl quotactl_fd fanotify_init keyctl add_key "
-    "request_key bpf perf_event_open userfaultfd lookup_dcookie io_uring_setup io_uring_enter "
-    "io_uring_register init_module finit_module delete_module kexec_load kexec_file_load reboot swapon "
-    "swapoff acct syslog settimeofday clock_settime clock_adjtime adjtimex sethostname setdomainname "
-    "vhangup iopl ioperm modify_ldt personality uselib ioprio_set move_pages migrate_pages mbind "
-    "set_mempolicy shmget shmat shmctl shmdt semget semop semtimedop semctl msgget msgsnd msgrcv msgctl "
-    "mq_open mq_unlink memfd_create memfd_secret "
+    "setns io_setup io_destroy io_submit io_cancel io_getevents io_pgetevents name_to_handle_at "
+    "open_by_handle_at quotactl quotactl_fd fanotify_init keyctl add_key request_key bpf perf_event_open "
+    "userfaultfd lookup_dcookie io_uring_setup io_uring_enter io_uring_register init_module finit_module "
+    "delete_module kexec_load kexec_file_load reboot swapon swapoff acct syslog settimeofday "
+    "clock_settime clock_adjtime adjtimex sethostname setdomainname vhangup iopl ioperm modify_ldt "
+    "personality uselib ioprio_set move_pages migrate_pages mbind set_mempolicy shmget shmat shmctl shmdt "
+    "semget semop semtimedop semctl msgget msgsnd msgrcv msgctl mq_open mq_unlink memfd_create "
+    "memfd_secret "
 )
 """Kernel surface that mathematics does not need, and memory that no limit of ours would count.
 

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from ztrl_sandbox.capture import PipeReader
+from ztrl_sandbox.cgroup import MemoryCgroups
 from ztrl_sandbox.protocol import MEMORY_EXIT_CODE, ExecutionRequest, ExecutionResult, Limits, Status
 
 _logger = logging.getLogger("ztrl_sandbox")
@@ -35,6 +36,7 @@ _ENVIRONMENT = {
     "LANG": "C.UTF-8",
     "PYTHONUTF8": "1",
     "PYTHONDONTWRITEBYTECODE": "1",
+    "MALLOC_ARENA_MAX": "1",  # an arena for each thread would reserve 64 MiB of the address space that is limited
     "PYTHONHASHSEED": "0",  # the same snippet prints a set in the same order every time
     **{f"{library}_NUM_THREADS": "1" for library in ("OMP", "OPENBLAS", "MKL", "NUMEXPR")},
 }
@@ -272,13 +274,22 @@ class Tier:
 class ZygoteHandle:
     """The running zygote."""
 
-    def __init__(self, *, preload: Sequence[str], isolation: str, limits: Limits, scratch_root: Path) -> None:
+    def __init__(
+        self,
+        *,
+        preload: Sequence[str],
+        isolation: str,
+        limits: Limits,
+        scratch_root: Path,
+        cgroups: MemoryCgroups | None,
+    ) -> None:
         self._socket, child_end = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         settings = {
             "preload": list(preload),
             "isolation": isolation,
             "limits": dataclasses.asdict(limits),
             "scratch_root": str(scratch_root),
+            "cgroups": None if cgroups is None else [cgroups.parent_fd, cgroups.name],
         }
         boot = _BOOT.format(root=_PACKAGE_ROOT)
         # -P and -s: neither the working directory nor the user's site-packages may shadow a module.
@@ -289,7 +300,7 @@ class ZygoteHandle:
             cwd="/",
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
-            pass_fds=[child_end.fileno()],
+            pass_fds=[child_end.fileno(), *([] if cgroups is None else [cgroups.parent_fd])],
             start_new_session=True,  # a terminal's Ctrl-C is for the server alone
         )
         child_end.close()

@@ -22,6 +22,7 @@ from typing import Any
 from ztrl_sandbox.protocol import MEMORY_EXIT_CODE, Limits
 
 _FILENAME = "snippet.py"
+_TRACEBACK_FRAMES_WITHOUT_MEMORY = 8
 _HEADROOM_BYTES = 32 << 20
 """Left above the soft memory limit, so that a traceback can still be printed when memory has run out."""
 
@@ -179,9 +180,9 @@ def _execute(source: bytes, main: types.ModuleType, print_last_expression: bool)
     lines = source.decode("utf-8", "replace").splitlines(keepends=True)
     linecache.cache[_FILENAME] = (len(source), None, lines, _FILENAME)
     if not print_last_expression:
-        exec(compile(source, _FILENAME, "exec", dont_inherit=True), main.__dict__)
+        exec(_parsed(source, 0), main.__dict__)
         return
-    tree = ast.parse(source, _FILENAME)
+    tree = _parsed(source, ast.PyCF_ONLY_AST)
     last = None
     if tree.body and isinstance(tree.body[-1], ast.Expr):
         last = ast.Expression(tree.body.pop().value)
@@ -192,6 +193,13 @@ def _execute(source: bytes, main: types.ModuleType, print_last_expression: bool)
     stdout.flush()
     if value is not None and stdout.buffer.raw.written_bytes == 0:
         print(repr(value))
+
+
+def _parsed(source: bytes, flags: int) -> Any:
+    try:
+        return compile(source, _FILENAME, "exec", flags=flags, dont_inherit=True)
+    except MemoryError:  # so the parser calls the end of its own stack; memory there is enough for any source
+        raise RecursionError("too deeply nested for the parser") from None
 
 
 def _shutdown() -> None:
@@ -220,7 +228,10 @@ def _guarded(function: Callable[[], None], *, may_exit: bool = False) -> int:
     except MemoryError as error:
         _, hard = resource.getrlimit(resource.RLIMIT_AS)
         resource.setrlimit(resource.RLIMIT_AS, (hard, hard))
-        _print_traceback(error)
+        try:
+            _print_traceback(error, limit=-_TRACEBACK_FRAMES_WITHOUT_MEMORY)
+        except MemoryError:
+            os.write(2, b"MemoryError\n")
         return MEMORY_EXIT_CODE
     except BaseException as error:  # noqa: BLE001  # whatever escapes the snippet is its own result
         _print_traceback(error)
@@ -237,11 +248,11 @@ def _exit_code(code: object) -> int:
     return 1
 
 
-def _print_traceback(error: BaseException) -> None:
+def _print_traceback(error: BaseException, limit: int | None = None) -> None:
     """Print ``error`` as the interpreter would, without this module's frames."""
     tb = error.__traceback__
     while tb is not None and tb.tb_frame.f_code.co_filename in (__file__, ast.__file__):
         tb = tb.tb_next
     stream = sys.stderr if sys.stderr is not None and not sys.stderr.closed else None
     if stream is not None:
-        traceback.print_exception(type(error), error, tb, file=stream)
+        traceback.print_exception(type(error), error, tb, limit, file=stream)

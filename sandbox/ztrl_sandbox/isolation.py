@@ -23,8 +23,27 @@ from ztrl_sandbox import linux, proctree
 from ztrl_sandbox.protocol import Limits
 from ztrl_sandbox.scratch import remove_tree
 
-FIRST_SNIPPET_UID = 61000
-"""Host uid of slot 0; slot k runs as this + k, so that RLIMIT_NPROC counts each slot by itself."""
+SLOT_UIDS = 512
+"""User ids that belong to one server."""
+_HIGH_UIDS = 1_900_000_000
+"""Above what systemd and user namespaces hand out."""
+_LOW_UIDS = 61_000
+"""Where only 65,536 ids exist, as in many containers."""
+
+
+def _first_snippet_uid() -> int:
+    with open("/proc/self/uid_map") as lines:
+        ids = max(int(line.split()[2]) for line in lines)
+    server = os.getppid()
+    if ids > 1 << 31:
+        return _HIGH_UIDS + server % (1 << 17) * SLOT_UIDS
+    return _LOW_UIDS + server % 8 * SLOT_UIDS
+
+
+FIRST_SNIPPET_UID = _first_snippet_uid()
+"""Host uid of slot 0; slot k runs as this + k. The kernel counts processes by user (RLIMIT_NPROC): no two slots
+may share one, nor two servers. Right in the zygote, the server's child, and in what it forks.
+"""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -22,6 +22,7 @@ from pathlib import Path
 from ztrl_sandbox import confinement, linux
 from ztrl_sandbox.isolation import (
     FIRST_SNIPPET_UID,
+    SLOT_UIDS,
     Isolation,
     Slot,
     announce_scratch,
@@ -131,6 +132,9 @@ class NamespaceIsolation(Isolation):
         flags = linux.MS_NOSUID | linux.MS_NODEV
         # Of other users' processes (the worker is one) a snippet sees nothing, in `user` of undumpable ones.
         linux.mount("proc", "/proc", "proc", flags | linux.MS_NOEXEC, "hidepid=4")
+        # Where the snippet has root's user id, the settings of its own namespaces would be its to change.
+        linux.mount("/proc/sys", "/proc/sys", None, linux.MS_BIND)
+        linux.set_mount_attributes("/proc/sys", linux.MOUNT_ATTR_RDONLY, recursive=True)
         limits = slot.limits
         options = f"size={limits.scratch_bytes},nr_inodes={limits.scratch_inodes},mode=755"
         linux.mount("tmpfs", _SCRATCH, "tmpfs", flags, options)
@@ -262,7 +266,7 @@ def _enter_minimal_root() -> None:
     for name in ("proc", "etc", _SCRATCH.removeprefix("/")):
         (root / name).mkdir(exist_ok=True)
     linux.mount("/proc", str(root / "proc"), None, linux.MS_BIND | linux.MS_REC)
-    uids = [0, *range(FIRST_SNIPPET_UID, FIRST_SNIPPET_UID + 256)]
+    uids = [0, *range(FIRST_SNIPPET_UID, FIRST_SNIPPET_UID + SLOT_UIDS)]
     users = [f"snippet{uid}:x:{uid}:{uid}::{_SCRATCH}/work:/bin/sh\n" for uid in uids]
     (root / "etc" / "passwd").write_text("".join(users))
     if Path("/etc/ld.so.cache").exists():

@@ -262,6 +262,8 @@ class WorkerPool:
         self._workers.discard(worker)
         await worker.ended()
         await asyncio.to_thread(remove_tree, self._scratch_root / f"slot-{worker.slot}")
+        if self._cgroups is not None:
+            self._cgroups.remove_slot(worker.slot)
         heapq.heappush(self._free_slots, worker.slot)
 
     def _take_slot(self) -> int:
@@ -282,6 +284,7 @@ class WorkerPool:
                     isolation=self.config.isolation,
                     limits=self.config.limits,
                     scratch_root=self._scratch_root,
+                    cgroups=self._cgroups,
                 )
                 self.tier = await self._zygote.wait_ready()
             self._check_tier()

@@ -19,6 +19,9 @@ from ztrl_sandbox.metrics import Metrics
 from ztrl_sandbox.pool import PoolConfig, WorkerPool
 from ztrl_sandbox.sessions import SessionConfig, SessionTable
 
+_KEEP_ALIVE_SECONDS = 75
+"""Longer than clients keep idle connections, so that none sends into a closing one."""
+
 
 class _Server(uvicorn.Server):
     """uvicorn that stops the workers first, so that running calls are answered and the stop is prompt."""
@@ -98,6 +101,7 @@ async def serve(
         create_app(pool, sessions, metrics, token),
         log_level="warning",
         access_log=False,
+        timeout_keep_alive=_KEEP_ALIVE_SECONDS,
         lifespan="off",
         timeout_graceful_shutdown=2,
     )

@@ -211,6 +211,7 @@ class Worker:
             if self._control.fileno() in ready:
                 frame = self._receive()
                 return "server_gone" if frame is None else "cancelled"
+            _reap_orphans(armed.pid)
             excess = self._excess(running)
             if excess is not None:
                 return excess
@@ -283,3 +284,14 @@ class Worker:
             "cpu_seconds": usage.ru_utime + usage.ru_stime - running.cpu_seconds_before,
             "peak_memory_bytes": max(self._tree_bytes, usage.ru_maxrss * 1024),
         }
+
+
+def _reap_orphans(snippet: int) -> None:
+    """Bury what the snippet's processes left behind, but not the snippet itself: its usage is still wanted."""
+    while True:
+        with contextlib.suppress(ChildProcessError):
+            ended = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+            if ended is not None and ended.si_pid != snippet:
+                os.waitpid(ended.si_pid, 0)
+                continue
+        return

@@ -23,7 +23,7 @@ import sys
 import traceback
 from pathlib import Path
 
-from ztrl_sandbox import isolation, linux, proctree, tiers
+from ztrl_sandbox import cgroup, isolation, linux, proctree, tiers
 from ztrl_sandbox.cgroup import SlotMemory
 from ztrl_sandbox.protocol import Limits
 from ztrl_sandbox.scratch import remove_tree
@@ -31,17 +31,34 @@ from ztrl_sandbox.worker import Worker
 
 _FRAME_BYTES = 4096
 
+_IMPORTED_ON_FIRST_USE = {
+    "sympy": (
+        "sympy.assumptions.wrapper",
+        "sympy.combinatorics",
+        "sympy.physics.units",
+        "sympy.sets.setexpr",
+        "sympy.tensor.tensor",
+    )
+}
+"""What a module imports only when it is used: 50 ms of ``sympy.expand`` in every snippet."""
+
 
 class Zygote:
     """The zygote's loop."""
 
     def __init__(
-        self, tier: isolation.Isolation, limits: Limits, scratch_root: Path, server: socket.socket
+        self,
+        tier: isolation.Isolation,
+        limits: Limits,
+        scratch_root: Path,
+        server: socket.socket,
+        cgroups: tuple[int, str] | None,
     ) -> None:
         self._tier = tier
         self._limits = limits
         self._scratch_root = scratch_root
         self._server = server
+        self._cgroups = cgroups
         self._poller = select.poll()
         self._worker_pidfds: dict[int, int] = {}
         """pidfd → pid."""
@@ -64,6 +81,8 @@ class Zygote:
         # After a clean stop nothing is left to do here; after the server's sudden death there is.
         proctree.kill_children()
         remove_tree(self._scratch_root)
+        if self._cgroups is not None:
+            cgroup.remove(*self._cgroups)
 
     def _spawn(self, index: int, fds: list[int]) -> None:
         slot = isolation.Slot(index=index, limits=self._limits, scratch_root=self._scratch_root)
@@ -105,7 +124,8 @@ def main() -> None:
     sys.argv = [""]
     try:
         for name in settings["preload"]:
-            importlib.import_module(name)
+            for module in (name, *_IMPORTED_ON_FIRST_USE.get(name, ())):
+                importlib.import_module(module)
         tier, reason = tiers.choose(settings["isolation"])
         scratch_root = Path(settings["scratch_root"])
         tier.prepare(scratch_root)
@@ -118,4 +138,5 @@ def main() -> None:
     linux.prctl(linux.PR_SET_DUMPABLE, 0)
     ready = {"ready": True, "isolation": tier.name, "isolation_reason": reason, "layers": tier.layers}
     server.send(json.dumps(ready).encode())
-    Zygote(tier, Limits(**settings["limits"]), scratch_root, server).run()
+    cgroups = settings["cgroups"] and tuple(settings["cgroups"])
+    Zygote(tier, Limits(**settings["limits"]), scratch_root, server, cgroups).run()

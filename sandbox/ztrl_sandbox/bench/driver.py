@@ -50,6 +50,8 @@ class Row:
     """Of the HTTP process."""
     executor_cpu_ms_per_call: float | None
     """Of the HTTP process, the zygote, the workers and the snippets together."""
+    forks_per_second: float | None = None
+    """The floor, measured right before and after the row."""
     failures: list[str]
     """The first call of each kind of answer that was wrong, and the first that was lost."""
 
