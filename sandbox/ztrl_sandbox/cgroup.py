@@ -13,8 +13,8 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-WORKER_OVERHEAD_BYTES = 16 << 20
-"""Allowed on top of a snippet's memory: what the worker itself writes, page tables, kernel objects."""
+WORKER_OVERHEAD_BYTES = 48 << 20
+"""Allowed on top of a snippet's memory: what the worker writes, page tables, the room for a last traceback."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

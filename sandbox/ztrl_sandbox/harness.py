@@ -22,7 +22,7 @@ from typing import Any
 from ztrl_sandbox.protocol import MEMORY_EXIT_CODE, Limits
 
 _FILENAME = "snippet.py"
-_TRACEBACK_FRAMES_WITHOUT_MEMORY = 8
+_DEEP_TRACEBACK_FRAMES = 10_000
 _HEADROOM_BYTES = 32 << 20
 """Left above the soft memory limit, so that a traceback can still be printed when memory has run out."""
 
@@ -225,18 +225,26 @@ def _guarded(function: Callable[[], None], *, may_exit: bool = False) -> int:
             _guarded(_shutdown)
             os._exit(code)
         return code
-    except MemoryError as error:
-        _, hard = resource.getrlimit(resource.RLIMIT_AS)
-        resource.setrlimit(resource.RLIMIT_AS, (hard, hard))
-        try:
-            _print_traceback(error, limit=-_TRACEBACK_FRAMES_WITHOUT_MEMORY)
-        except MemoryError:
-            os.write(2, b"MemoryError\n")
-        return MEMORY_EXIT_CODE
     except BaseException as error:  # noqa: BLE001  # whatever escapes the snippet is its own result
+        deep = _is_deep(error.__traceback__)
+        if deep:  # printing it takes seconds, and it may be what fills the memory
+            error.__traceback__ = None
+        # Where no memory is left for a traceback entry, the interpreter loses the MemoryError.
+        out_of_memory = isinstance(error, MemoryError) or (deep and isinstance(error, SystemError))
+        if out_of_memory:
+            _, hard = resource.getrlimit(resource.RLIMIT_AS)
+            resource.setrlimit(resource.RLIMIT_AS, (hard, hard))
         _print_traceback(error)
-        return 1
+        return MEMORY_EXIT_CODE if out_of_memory else 1
     return 0
+
+
+def _is_deep(tb: types.TracebackType | None) -> bool:
+    for _ in range(_DEEP_TRACEBACK_FRAMES):
+        if tb is None:
+            return False
+        tb = tb.tb_next
+    return True
 
 
 def _exit_code(code: object) -> int:
@@ -248,11 +256,11 @@ def _exit_code(code: object) -> int:
     return 1
 
 
-def _print_traceback(error: BaseException, limit: int | None = None) -> None:
+def _print_traceback(error: BaseException) -> None:
     """Print ``error`` as the interpreter would, without this module's frames."""
     tb = error.__traceback__
     while tb is not None and tb.tb_frame.f_code.co_filename in (__file__, ast.__file__):
         tb = tb.tb_next
     stream = sys.stderr if sys.stderr is not None and not sys.stderr.closed else None
     if stream is not None:
-        traceback.print_exception(type(error), error, tb, limit, file=stream)
+        traceback.print_exception(type(error), error, tb, file=stream)

@@ -21,6 +21,7 @@ CLAIMS = {
     "time": ALL,
     "memory": ALL,
     "memory that no process has mapped": ISOLATED,
+    "memory of the kernel": ("full",),
     "processes": ALL,
     "processes that are not its own": ISOLATED,
     "descriptors": ALL,

@@ -112,7 +112,7 @@ BOMBS = [
     ),
     Case(
         name="buffers of sockets",
-        claim="memory that no process has mapped",
+        claim="memory of the kernel",
         code=IN_SOCKETS,
         status="memory",
     ),
