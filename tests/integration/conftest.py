@@ -11,28 +11,10 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent))
 
 import tiny_model
+from engine_configs import engine_config
 
-from megatron_ztrl.config.schema import (
-    Config,
-    DataConfig,
-    DatasetConfig,
-    EngineConfig,
-    ModelConfig,
-    RunConfig,
-    TrainConfig,
-)
 from megatron_ztrl.engines.client import EngineClient
 from megatron_ztrl.engines.server import EngineServer
-
-
-def engine_config(directory, **engine):
-    return Config(
-        run=RunConfig(directory=str(directory)),
-        model=ModelConfig(path=str(directory / "model"), dtype="float32"),
-        data=DataConfig(train=DatasetConfig(name="none", path="none")),
-        train=TrainConfig(num_steps=1),
-        engine=EngineConfig(max_running_requests=32, startup_timeout_seconds=300, **engine),
-    )
 
 
 @pytest.fixture(scope="session")

@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from conftest import engine_config
+from engine_configs import engine_config
 from tiny_model import byte_tokenizer, logprobs_under
 
 from megatron_ztrl.engines import tether

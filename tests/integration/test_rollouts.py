@@ -3,7 +3,7 @@
 import pytest
 import scripted_policy
 import torch
-from conftest import engine_config
+from engine_configs import engine_config
 from scripted_policy import token_id
 from ztrl_sandbox.client import ExecutorClient
 from ztrl_sandbox.process import ExecutorServer

@@ -7,7 +7,7 @@ import urllib.request
 from pathlib import Path
 
 import pytest
-from conftest import engine_config
+from engine_configs import engine_config
 from sandbox_server import executor_with
 
 from megatron_ztrl.config.schema import Config, SandboxConfig, ToolConfig
