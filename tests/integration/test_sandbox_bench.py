@@ -4,11 +4,10 @@ import json
 import subprocess
 import sys
 
-import pytest
 from sandbox_server import ENVIRONMENT, executor_with
 from ztrl_sandbox.bench.floor import forks_per_second
 
-SHORT = ("--seconds", "0.3", "--concurrency", "1", "8")
+SHORT = ("--seconds", "0.3", "--concurrency", "1", "32")
 
 
 def bench(*options: str) -> subprocess.CompletedProcess:
@@ -21,15 +20,15 @@ def test_it_starts_an_executor_measures_every_load_and_judges(tmp_path):
     assert outcome.returncode == 0, outcome.stdout + outcome.stderr
     figures = json.loads((tmp_path / "figures.json").read_text())
     assert [(row["load"], row["concurrency"]) for row in figures["rows"]] == [
-        *(("trivial", 1), ("trivial", 8), ("sympy", 1), ("sympy", 8), ("mixed", 1), ("mixed", 8))
+        *(("trivial", 1), ("trivial", 32), ("sympy", 1), ("sympy", 32), ("mixed", 1), ("mixed", 32))
     ]
     assert all((row["wrong"], row["lost"]) == (0, 0) for row in figures["rows"])
     assert all(0 < row["run_p50_ms"] <= row["call_p50_ms"] <= row["call_p99_ms"] for row in figures["rows"])
     for row in figures["rows"]:
         assert row["server_cpu_ms_per_call"] < row["executor_cpu_ms_per_call"]
-        assert row["calls"] == pytest.approx(row["calls_per_second"] * 0.3, rel=0.9)
-    before, after = figures["forks_per_second"]
-    assert before > 10 and after > 10
+        beside_floor = (row["load"], row["concurrency"]) == ("trivial", 32)
+        assert row["forks_per_second"] > 10 if beside_floor else row["forks_per_second"] is None
+    assert "times bare fork + exit" in outcome.stdout
     assert "2 workers, preload math,sympy,numpy" in outcome.stdout
     assert "lost calls" in outcome.stdout and "MISSED" not in outcome.stdout.splitlines()[-1]
 
@@ -39,7 +38,7 @@ def test_it_drives_a_server_of_either_protocol():
         for protocol in ("native", "sandboxfusion"):
             outcome = bench("--url", executor.url, "--protocol", protocol, "--load", "trivial", "mixed")
             assert outcome.returncode == 0, outcome.stdout + outcome.stderr
-            assert "fork" not in outcome.stdout  # another machine's floor is not this one's
+            assert "bare fork + exit" not in outcome.stdout  # another machine's floor is not this one's
 
 
 def test_a_larger_process_forks_more_slowly():
