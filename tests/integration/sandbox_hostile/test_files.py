@@ -17,7 +17,7 @@ FILLING = [
     Case(
         name="disk through every directory",
         claim="scratch space",
-        code="for d in ('.', '/tmp', '/dev/shm'): open(f'{d}/x', 'wb').write(bytes(40 << 20))",
+        code="for d in ('.', '/snippet/tmp', '/dev/shm'): open(f'{d}/x', 'wb').write(bytes(40 << 20))",
         status="error",
         stderr_end=FULL_DISK,
     ),

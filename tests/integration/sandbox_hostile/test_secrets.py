@@ -99,14 +99,14 @@ def test_there_is_no_network(executor, listeners):
 HOLDER = """
 import os, socket, time
 name = {marker!r}
-for directory in (".", "/tmp", "/dev/shm"):
+for directory in (".", "/snippet/tmp", "/dev/shm"):
     open(f"{{directory}}/{{name}}", "w").write(name)
 abstract = socket.socket(socket.AF_UNIX)
 abstract.bind("\\0" + name)
 abstract.listen()
 print("held", flush=True)
 time.sleep(1)
-print(open(name).read(), os.path.exists("/tmp/intruder"))
+print(open(name).read(), os.path.exists("/snippet/tmp/intruder"))
 """
 
 INTRUDER = """
@@ -120,7 +120,7 @@ try:
 except OSError:
     pass
 found += [line for line in open("/proc/net/unix") if name in line]
-open("/tmp/intruder", "w").write("x")
+open("/snippet/tmp/intruder", "w").write("x")
 print(found)
 """
 
