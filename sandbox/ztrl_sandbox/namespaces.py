@@ -11,6 +11,7 @@ who is, cannot be harmed by it: the kernel ignores its signals, and the worker's
 
 from __future__ import annotations
 
+import abc
 import contextlib
 import os
 import shutil
@@ -165,9 +166,9 @@ class NamespaceIsolation(Isolation):
         os.close(adjustment)
         os.chdir(f"{_SCRATCH}/work")
 
+    @abc.abstractmethod
     def drop_privileges(self, slot: Slot) -> None:
         """Be nobody of importance."""
-        raise NotImplementedError
 
     def processes(self) -> list[int]:
         return [int(name) for name in os.listdir("/proc") if name.isdigit() and name != "1"]
