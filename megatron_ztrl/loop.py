@@ -10,8 +10,7 @@ import asyncio
 from pathlib import Path
 
 from megatron_ztrl.config.schema import Config
-from megatron_ztrl.data.batches import training_batches, with_old_logprobs
-from megatron_ztrl.data.packing import PackedBatch
+from megatron_ztrl.data.batches import pack_minibatches, with_targets
 from megatron_ztrl.data.prompts import PromptSource, load_prompts
 from megatron_ztrl.data.tokenizer import PolicyTokenizer
 from megatron_ztrl.envs.prompt_templates import get_template
@@ -43,24 +42,21 @@ async def train(session: TrainingSession) -> bool:
             taken = await session.take_groups()
         if taken is None:  # interrupted while waiting: nothing of this step has happened yet
             break
-        batches = training_batches(taken.groups, config, session.rng(version))
+        minibatches = pack_minibatches(taken.groups, config, session.rng(version))
         with clock.phase("logprobs"):
-            batches = [await _with_old_logprobs(session, batch) for batch in batches]
+            scores = await asyncio.gather(*(system.scores(minibatch) for minibatch in minibatches))
+        minibatches, value_statistics = with_targets(minibatches, scores, config.algorithm)
         with clock.phase("train"):
-            statistics = [await system.actor.train_step(batch, version) for batch in batches]
+            statistics = [
+                value_statistics | await system.train_step(minibatch, version) for minibatch in minibatches
+            ]
         version += 1
         with clock.phase("publish"):
             await system.publisher.publish(version)
         scheduler.release(len(taken.groups))  # only now: this is what bounds the staleness
-        session.log_step(version, taken, statistics, batches, clock)
+        session.log_step(version, taken, minibatches, statistics, clock)
         await session.save_if_due(version)
     return await session.finish(version)
-
-
-async def _with_old_logprobs(session: TrainingSession, batch: PackedBatch) -> PackedBatch:
-    if session.config.algorithm.old_logprobs == "engine":
-        return with_old_logprobs(batch, None)
-    return with_old_logprobs(batch, await session.system.actor.logprobs(batch))
 
 
 def run_training(config: Config, *, resume: bool) -> None:

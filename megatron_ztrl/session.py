@@ -13,8 +13,7 @@ from typing import Any
 import numpy as np
 
 from megatron_ztrl.algorithms.filters import keep_group
-from megatron_ztrl.data.batches import logprob_gap
-from megatron_ztrl.data.packing import PackedBatch
+from megatron_ztrl.data.batches import Minibatch, logprob_gap
 from megatron_ztrl.data.prompts import PromptSource
 from megatron_ztrl.evaluate import Evaluator, evaluation_line
 from megatron_ztrl.observability import names
@@ -97,7 +96,7 @@ class TrainingSession:
         if self._checkpoint is not None:
             state = read_state(self._checkpoint)
             version = state["version"]
-            await self.system.actor.load_checkpoint(self._checkpoint / "actor")
+            await self.system.load_checkpoint(self._checkpoint)
             self._source.restore(state["source"])
             self.backlog = [Prompt(**prompt) for prompt in state["backlog"]]
             self._progress.resume(version)
@@ -158,11 +157,19 @@ class TrainingSession:
         self,
         version: int,
         taken: TakenGroups,
+        minibatches: Sequence[Minibatch],
         statistics: Sequence[dict[str, float]],
-        batches: Sequence[PackedBatch],
         clock: PhaseClock,
     ) -> None:
-        """Writes the metrics and a few rollouts of the step that made ``version``."""
+        """Writes the metrics and a few rollouts of the step that made ``version``.
+
+        Args:
+            version: After the step.
+            taken: Its groups.
+            minibatches: As they were trained.
+            statistics: One row for each mini-batch.
+            clock: Of the step.
+        """
         rollouts = [rollout for group in taken.groups for rollout in group.rollouts]
         seen = rollouts + [rollout for group in taken.dropped for rollout in group.rollouts]
         metrics = {f"train/{key}": value for key, value in rollout_statistics(seen).items()}
@@ -174,11 +181,9 @@ class TrainingSession:
             version - 1 - rollout.oldest_version for rollout in rollouts if rollout.trainable
         )
         for key in statistics[0]:
-            metrics[names.LOSS_POLICY if key == "loss" else f"loss/{key}"] = fmean(
-                row[key] for row in statistics
-            )
+            metrics[names.LOSS_POLICY if key == "loss/loss" else key] = fmean(row[key] for row in statistics)
         if self.config.algorithm.old_logprobs == "trainer":  # else there is nothing to compare
-            metrics[names.LOSS_LOGPROB_GAP] = max(logprob_gap(batch) for batch in batches)
+            metrics[names.LOSS_LOGPROB_GAP] = max(logprob_gap(minibatch.actor) for minibatch in minibatches)
         metrics |= _times(clock, rollouts)
         seconds = clock.step_seconds()
         metrics[names.THROUGHPUT_TOKENS] = model_tokens(seen) / seconds
@@ -203,7 +208,7 @@ class TrainingSession:
             "source": self._source.state(),
             "backlog": [dataclasses.asdict(prompt) for prompt in self.scheduler.pending_prompts()],
         }
-        await self._store.save(version, self.system.actor.save_checkpoint, state)
+        await self._store.save(version, self.system.save_checkpoint, state)
 
     async def finish(self, version: int) -> bool:
         """Saves; after the last step also evaluates and exports. Returns whether it was the last."""
@@ -215,6 +220,8 @@ class TrainingSession:
             if self.config.checkpoint.export_hf:
                 self._progress.phase("exporting the policy")
                 await self.system.actor.export_hf(self._directory / "policy")
+                if self.system.critic is not None:
+                    await self.system.critic.export_hf(self._directory / "critic")
         self._metrics.close()
         self._rollout_log.close()
         return finished

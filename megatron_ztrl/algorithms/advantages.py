@@ -1,4 +1,4 @@
-"""Advantages from outcome rewards: one number per rollout, the same for all its model tokens (gamma = 1).
+"""Advantages from outcome rewards: one number per rollout (gamma = 1), or with a critic one per model token.
 
 Shape suffixes: ``B`` rollouts of the batch, ``N`` groups. Rollouts whose loss is masked still count here;
 those that the infrastructure failed must have been left out before.
@@ -51,6 +51,48 @@ def grpo(rewards_B: Tensor, group_ids_B: Tensor) -> Tensor:
     centred_B = rewards_B - _group_mean(rewards_B, group_ids_B)
     std_B = _group_mean(centred_B.square(), group_ids_B).sqrt()
     return (centred_B / std_B.clamp(min=_MIN_STD)).float()
+
+
+def gae(
+    values_BN: Tensor, lengths_B: Tensor, rewards_B: Tensor, *, gamma: float, gae_lambda: float
+) -> tuple[Tensor, Tensor]:
+    """Generalised advantage estimation (arXiv:1506.02438, eq. 16), over model tokens only.
+
+    A tool's reply lies between two model tokens without being a step of its own: gamma and lambda act once
+    from one model token to the next, however long the reply. The reward follows the last model token.
+
+    Args:
+        values_BN: [B, N] What the critic expects before each model token of a rollout, first token first.
+            Entries past a rollout's tokens may hold anything.
+        lengths_B: [B] Model tokens of each rollout, at least 1.
+        rewards_B: [B]
+        gamma: Discount from one model token to the next.
+        gae_lambda: 0 trusts the critic after one token, 1 waits for the reward.
+
+    Returns:
+        ([B, N] advantages, [B, N] returns, which are the critic's targets); float32, 0 past a rollout's tokens.
+    """
+    longest = values_BN.shape[1]
+    is_token_BN = torch.arange(longest) < lengths_B[:, None]
+    values_BN = torch.where(is_token_BN, values_BN.double(), 0.0)
+    rewards_BN = torch.zeros_like(values_BN)
+    rewards_BN.scatter_(1, lengths_B[:, None] - 1, rewards_B.double()[:, None])
+    advantages_BN = torch.zeros_like(values_BN)
+    next_value_B = next_advantage_B = torch.zeros_like(values_BN[:, 0])
+    for token in reversed(range(longest)):
+        surprise_B = rewards_BN[:, token] + gamma * next_value_B - values_BN[:, token]
+        next_advantage_B = torch.where(
+            is_token_BN[:, token], surprise_B + gamma * gae_lambda * next_advantage_B, 0.0
+        )
+        advantages_BN[:, token] = next_advantage_B
+        next_value_B = values_BN[:, token]
+    return advantages_BN.float(), (advantages_BN + values_BN).float()
+
+
+def whiten(values_N: Tensor) -> Tensor:
+    """[N] Shifted to mean 0 and scaled to standard deviation 1, over all model tokens of the batch."""
+    values_N = values_N.double()
+    return ((values_N - values_N.mean()) / values_N.std(correction=0).clamp(min=_MIN_STD)).float()
 
 
 def _group_mean(values_B: Tensor, group_ids_B: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Policy losses over one packed microbatch.
+"""Losses of policy and critic over one packed microbatch.
 
 Shape suffix: ``T`` packed tokens. Every function returns *sums* over the masked tokens: the caller divides
 by the trained tokens of the whole batch, so the token-level mean does not depend on how samples were packed.
@@ -61,3 +61,52 @@ def ppo_clip_loss(
             kl_sum=kl_T.sum(),
             ratio_sum=torch.where(mask_T, ratio_T, zero).sum(),
         )
+
+
+def kl_penalty(logp_N: Tensor, reference_logp_N: Tensor) -> Tensor:
+    """[] Sum of the k3 estimates of KL(policy || reference), nats; differentiable in ``logp_N``.
+
+    Unbiased for tokens that the policy sampled, and never negative (http://joschu.net/blog/kl-approx.html; the
+    penalty of GRPO, arXiv:2402.03300, eq. 4).
+    """
+    log_ratio_N = reference_logp_N.float() - logp_N.float()
+    return (torch.expm1(log_ratio_N) - log_ratio_N).sum()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ValueLoss:
+    """Sums over the tokens of one microbatch; all but ``loss_sum`` are detached."""
+
+    loss_sum: Tensor
+    """[] Differentiable; to be minimised."""
+    clipped_sum: Tensor
+    """[] Tokens whose gradient the clip cut off."""
+    squared_error_sum: Tensor
+    """[] Of the values before this step."""
+
+
+def value_loss(
+    value_N: Tensor, old_value_N: Tensor, return_N: Tensor, *, value_clip: float | None
+) -> ValueLoss:
+    """Half the squared error, clipped as the policy is: ``max`` of the plain and the clipped error.
+
+    The clip keeps a value within ``value_clip`` of the one that the advantages were computed with
+    (the implementation of arXiv:1707.06347; described in arXiv:2005.12729, section 3).
+
+    Args:
+        value_N: [N] Carries the gradient.
+        old_value_N: [N]
+        return_N: [N] What the values should have been.
+        value_clip: None clips nothing.
+    """
+    value_N = value_N.float()
+    plain_N = (value_N - return_N).square()
+    chosen_N = plain_N
+    if value_clip is not None:
+        near_N = old_value_N + (value_N - old_value_N).clamp(-value_clip, value_clip)
+        chosen_N = torch.maximum(plain_N, (near_N - return_N).square())
+    return ValueLoss(
+        loss_sum=0.5 * chosen_N.sum(),
+        clipped_sum=(chosen_N > plain_N).sum().float(),
+        squared_error_sum=plain_N.detach().sum(),
+    )

@@ -14,6 +14,20 @@ _POSITIVE = math.ulp(0.0)
 """Smallest number above 0: a lower bound for what must be positive."""
 _BELOW_ONE = math.nextafter(1.0, 0.0)
 
+_WORLD_RANGES: dict[str, tuple[float, float]] = {
+    "tensor_parallel_size": (1, math.inf),
+    "pipeline_parallel_size": (1, math.inf),
+    "virtual_pipeline_size": (1, math.inf),
+    "data_parallel_size": (1, math.inf),
+    "max_tokens_per_microbatch": (1, math.inf),
+    "learning_rate": (_POSITIVE, math.inf),
+    "warmup_steps": (0, math.inf),
+    "weight_decay": (0, math.inf),
+    "adam_beta1": (0, _BELOW_ONE),
+    "adam_beta2": (0, _BELOW_ONE),
+    "adam_eps": (_POSITIVE, math.inf),
+    "max_grad_norm": (_POSITIVE, math.inf),
+}
 _RANGES: dict[str, tuple[float, float]] = {
     "train.num_steps": (1, math.inf),
     "data.max_prompt_tokens": (1, math.inf),
@@ -34,20 +48,17 @@ _RANGES: dict[str, tuple[float, float]] = {
     "reward.verifier_workers": (1, math.inf),
     "algorithm.clip_low": (_POSITIVE, _BELOW_ONE),
     "algorithm.clip_high": (_POSITIVE, math.inf),
+    "algorithm.gamma": (0, 1),
+    "algorithm.gae_lambda": (0, 1),
+    "algorithm.critic_warmup_steps": (0, math.inf),
+    "algorithm.kl_coefficient": (0, math.inf),
     "algorithm.minibatches": (1, math.inf),
     "algorithm.min_accuracy": (0, 1),
     "algorithm.max_accuracy": (0, 1),
-    "actor.tensor_parallel_size": (1, math.inf),
-    "actor.pipeline_parallel_size": (1, math.inf),
-    "actor.data_parallel_size": (1, math.inf),
-    "actor.max_tokens_per_microbatch": (1, math.inf),
-    "actor.learning_rate": (_POSITIVE, math.inf),
-    "actor.warmup_steps": (0, math.inf),
-    "actor.weight_decay": (0, math.inf),
-    "actor.adam_beta1": (0, _BELOW_ONE),
-    "actor.adam_beta2": (0, _BELOW_ONE),
-    "actor.adam_eps": (_POSITIVE, math.inf),
-    "actor.max_grad_norm": (_POSITIVE, math.inf),
+    **{
+        f"{section}.{key}": bounds for section in ("actor", "critic") for key, bounds in _WORLD_RANGES.items()
+    },
+    "critic.value_clip": (_POSITIVE, math.inf),
     "engine.count": (1, math.inf),
     "engine.tensor_parallel_size": (1, math.inf),
     "engine.port": (1024, 65535),
@@ -92,6 +103,8 @@ def check_config(config: Config) -> None:
             f"algorithm.minibatches: {config.algorithm.minibatches} optimizer steps need at least as many rollouts, "
             f"but rollout.groups_per_step x rollout.group_size is {samples}"
         )
+    if config.algorithm.critic_warmup_steps and config.algorithm.advantage != "gae":
+        problems.append("algorithm.critic_warmup_steps: there is no critic; set algorithm.advantage to gae")
     if problems:
         raise ConfigError("\n".join(problems))
 
@@ -138,11 +151,15 @@ def _datasets(config: Config) -> list[tuple[str, DatasetConfig]]:
 
 def _lengths(config: Config) -> Iterator[str]:
     longest = config.data.max_prompt_tokens + config.rollout.max_response_tokens
-    if config.actor.max_tokens_per_microbatch < longest:
-        yield (
-            f"actor.max_tokens_per_microbatch: {config.actor.max_tokens_per_microbatch} does not hold the longest "
-            f"sequence, data.max_prompt_tokens + rollout.max_response_tokens = {longest}"
-        )
+    worlds = {"actor": config.actor} | (
+        {"critic": config.critic} if config.algorithm.advantage == "gae" else {}
+    )
+    for section, world in worlds.items():
+        if world.max_tokens_per_microbatch < longest:
+            yield (
+                f"{section}.max_tokens_per_microbatch: {world.max_tokens_per_microbatch} does not hold the longest "
+                f"sequence, data.max_prompt_tokens + rollout.max_response_tokens = {longest}"
+            )
     if config.rollout.env_iterations and config.tool.max_output_tokens >= config.rollout.max_response_tokens:
         yield (
             f"tool.max_output_tokens: {config.tool.max_output_tokens} leaves no room for an answer in "

@@ -22,6 +22,7 @@ _TRAINER = "set by the trainer"
 _OWNED_TRANSFORMER: dict[str, str] = {
     "tensor_model_parallel_size": "set actor.tensor_parallel_size",
     "pipeline_model_parallel_size": "set actor.pipeline_parallel_size",
+    "virtual_pipeline_model_parallel_size": "set actor.virtual_pipeline_size",
     "sequence_parallel": "set actor.sequence_parallel",
     "context_parallel_size": "packed batches are not split along the sequence; set actor.tensor_parallel_size",
     "transformer_impl": "set model.backend",

@@ -125,7 +125,16 @@ class RewardConfig(Section):
 class AlgorithmConfig(Section):
     """Advantages, loss and filters."""
 
-    advantage: Literal["reinforce_pp_baseline", "grpo"] = "reinforce_pp_baseline"
+    advantage: Literal["reinforce_pp_baseline", "grpo", "gae"] = "reinforce_pp_baseline"
+    """``gae`` is PPO: it starts a critic, which the section ``critic`` describes."""
+    gamma: float = 1.0
+    """Discount between two consecutive model tokens; ``gae`` only."""
+    gae_lambda: float = 1.0
+    """``gae`` only."""
+    critic_warmup_steps: int = 0
+    """The first steps train the critic only, ``gae`` only."""
+    kl_coefficient: float = 0.0
+    """Weight of KL(policy || initial policy) in the loss; 0 starts no reference policy."""
     clip_low: float = 0.2
     clip_high: float = 0.28
     minibatches: int = 1
@@ -139,11 +148,13 @@ class AlgorithmConfig(Section):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ActorConfig(Section):
-    """The policy in Megatron. World size = tensor x pipeline x data parallel size."""
+class WorldConfig(Section):
+    """A model in Megatron: its layout and its optimizer. World size = tensor x pipeline x data parallel size."""
 
     tensor_parallel_size: int = 1
     pipeline_parallel_size: int = 1
+    virtual_pipeline_size: int = 1
+    """Model chunks of each pipeline stage; more than 1 is Megatron's interleaved schedule."""
     data_parallel_size: int = 1
     sequence_parallel: bool = False
     max_tokens_per_microbatch: int = 16384
@@ -156,6 +167,30 @@ class ActorConfig(Section):
     adam_beta2: float = 0.95
     adam_eps: float = 1e-8
     max_grad_norm: float = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class ActorConfig(WorldConfig):
+    """The policy."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CriticConfig(WorldConfig):
+    """The critic of PPO (``algorithm.advantage: gae``): a world of its own, with a layout of its own."""
+
+    path: str | None = None
+    """Hugging Face checkpoint to start from, with or without a value head; None is ``model.path``."""
+    learning_rate: float = 5e-6
+    value_clip: float | None = 0.2
+    """A value may move this far from its old one before its gradient is cut off; None never cuts it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReferenceConfig(Section):
+    """The frozen initial policy, for ``algorithm.kl_coefficient``."""
+
+    placement: Literal["actor", "world"] = "actor"
+    """In the actor's ranks, weights kept in host memory and swapped in; or ranks of its own, laid out alike."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -254,6 +289,8 @@ class Config(Section):
     reward: RewardConfig = field(default_factory=RewardConfig)
     algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
     actor: ActorConfig = field(default_factory=ActorConfig)
+    critic: CriticConfig = field(default_factory=CriticConfig)
+    reference: ReferenceConfig = field(default_factory=ReferenceConfig)
     megatron: MegatronConfig = field(default_factory=MegatronConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
     sglang: SGLangConfig = field(default_factory=SGLangConfig)

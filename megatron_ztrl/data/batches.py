@@ -3,70 +3,149 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 
-from megatron_ztrl.algorithms.advantages import grpo, reinforce_pp_baseline
-from megatron_ztrl.config.schema import AlgorithmConfig, Config
+from megatron_ztrl.algorithms.advantages import gae, grpo, reinforce_pp_baseline, whiten
+from megatron_ztrl.config.schema import AlgorithmConfig, Config, WorldConfig
 from megatron_ztrl.data.packing import (
     PackedBatch,
-    broadcast_per_sample,
     pack,
     split_minibatches,
+    spread_trained,
+    trained_values,
     with_per_token,
 )
 from megatron_ztrl.data.samples import build_samples
 from megatron_ztrl.types import RolloutGroup, TrainingSample
 
+PerToken = Sequence[Sequence[np.ndarray]]
+"""``arrays[rank][m]``: [T], as ``PackedBatch.microbatches`` lies."""
 
-def training_batches(
+
+@dataclass(frozen=True, kw_only=True)
+class Minibatch:
+    """One optimizer step: the same samples, packed for each world that trains on them."""
+
+    samples: list[TrainingSample]
+    actor: PackedBatch
+    critic: PackedBatch | None
+    """None without a critic."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scores:
+    """What the models said of one ``Minibatch`` before it is trained on."""
+
+    old_logprobs: PerToken | None = None
+    """Of the actor; None takes what the engine reported."""
+    reference_logprobs: PerToken | None = None
+    values: PerToken | None = None
+    """Of the critic, and laid out as its batch."""
+
+
+def pack_minibatches(
     groups: Sequence[RolloutGroup], config: Config, rng: np.random.Generator
-) -> list[PackedBatch]:
-    """One packed batch per mini-batch, with ``advantages`` attached.
-
-    Advantages are computed over the whole step before it is split, so their statistics do not depend on the
-    mini-batches.
-    """
+) -> list[Minibatch]:
+    """Splits the step's samples at random, and packs every part for each world."""
     samples = build_samples(groups)
-    advantages_B = sample_advantages(samples, config.algorithm)
-    actor = config.actor
-    batches = []
+    has_critic = config.algorithm.advantage == "gae"
+    minibatches = []
     for indices in split_minibatches(len(samples), config.algorithm.minibatches, rng):
-        batch = pack(
-            [samples[index] for index in indices],
-            max_tokens_per_microbatch=actor.max_tokens_per_microbatch,
-            data_parallel_size=actor.data_parallel_size,
-            pad_to_multiple=actor.tensor_parallel_size if actor.sequence_parallel else 1,
+        chosen = [samples[index] for index in indices]
+        minibatches.append(
+            Minibatch(
+                samples=chosen,
+                actor=_pack(chosen, config.actor),
+                critic=_pack(chosen, config.critic) if has_critic else None,
+            )
         )
-        batches.append(
-            with_per_token(batch, "advantages", broadcast_per_sample(batch, advantages_B[indices]))
-        )
-    return batches
+    return minibatches
+
+
+def with_targets(
+    minibatches: Sequence[Minibatch], scores: Sequence[Scores], algorithm: AlgorithmConfig
+) -> tuple[list[Minibatch], dict[str, float]]:
+    """Attaches everything that the losses need.
+
+    Advantages are computed over the whole step, so their statistics do not depend on the mini-batches.
+
+    Returns:
+        (the mini-batches, statistics of the critic's values).
+    """
+    samples = [sample for minibatch in minibatches for sample in minibatch.samples]
+    values: list[np.ndarray]
+    returns: list[np.ndarray]
+    statistics: dict[str, float]
+    if algorithm.advantage == "gae":
+        values = [
+            part
+            for minibatch, score in zip(minibatches, scores, strict=True)
+            for part in _sample_values(minibatch, score)
+        ]
+        advantages, returns = token_advantages(samples, values, algorithm)
+        statistics = _value_statistics(values, returns)
+    else:
+        counts = [sum(sample.loss_mask) for sample in samples]
+        advantages_B = sample_advantages(samples, algorithm)
+        advantages = [np.full(n, value) for n, value in zip(counts, advantages_B, strict=True)]
+        values, returns, statistics = [], [], {}
+    done, first = [], 0
+    for minibatch, score in zip(minibatches, scores, strict=True):
+        mine = slice(first, first + len(minibatch.samples))
+        first = mine.stop
+        actor = _with_policy_targets(minibatch.actor, score, advantages[mine])
+        critic = minibatch.critic
+        if critic is not None:
+            critic = with_per_token(critic, "old_values", spread_trained(critic, values[mine]))
+            critic = with_per_token(critic, "returns", spread_trained(critic, returns[mine]))
+        done.append(replace(minibatch, actor=actor, critic=critic))
+    return done, statistics
 
 
 def sample_advantages(samples: Sequence[TrainingSample], algorithm: AlgorithmConfig) -> np.ndarray:
     """[B] One advantage per sample, the same for all its trained tokens."""
     rewards_B = torch.tensor([sample.reward for sample in samples])
     group_ids_B = torch.tensor([sample.group_id for sample in samples])
-    match algorithm.advantage:
-        case "grpo":
-            advantages_B = grpo(rewards_B, group_ids_B)
-        case "reinforce_pp_baseline":
-            trained_tokens_B = torch.tensor([sum(sample.loss_mask) for sample in samples])
-            advantages_B = reinforce_pp_baseline(rewards_B, group_ids_B, trained_tokens_B)
-    return advantages_B.numpy()
+    if algorithm.advantage == "grpo":
+        return grpo(rewards_B, group_ids_B).numpy()
+    assert algorithm.advantage == "reinforce_pp_baseline", algorithm.advantage
+    trained_tokens_B = torch.tensor([sum(sample.loss_mask) for sample in samples])
+    return reinforce_pp_baseline(rewards_B, group_ids_B, trained_tokens_B).numpy()
 
 
-def with_old_logprobs(
-    batch: PackedBatch, trainer_logprobs: Sequence[Sequence[np.ndarray]] | None
-) -> PackedBatch:
-    """Attaches the ratio's denominator: the trainer's log-probs, or the engine's when there are none."""
-    if trainer_logprobs is None:
-        trainer_logprobs = [
-            [microbatch.per_token["rollout_logprobs"] for microbatch in rank] for rank in batch.microbatches
-        ]
-    return with_per_token(batch, "old_logprobs", trainer_logprobs)
+def token_advantages(
+    samples: Sequence[TrainingSample], values: Sequence[np.ndarray], algorithm: AlgorithmConfig
+) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """For each sample, whitened advantages and plain returns of its trained tokens.
+
+    Args:
+        samples: Of the whole step.
+        values: For each sample, the critic's value before each trained token.
+        algorithm: ``gamma`` and ``gae_lambda``.
+    """
+    lengths = [len(part) for part in values]
+    if not any(lengths):
+        return list(values), list(values)
+    values_BN = torch.nn.utils.rnn.pad_sequence([torch.tensor(part) for part in values], batch_first=True)
+    trained = torch.tensor([index for index, length in enumerate(lengths) if length])
+    lengths_B = torch.tensor(lengths)
+    rewards_B = torch.tensor([sample.reward for sample in samples])
+    advantages_BN, returns_BN = gae(
+        values_BN[trained],
+        lengths_B[trained],
+        rewards_B[trained],
+        gamma=algorithm.gamma,
+        gae_lambda=algorithm.gae_lambda,
+    )
+    is_token_BN = torch.arange(values_BN.shape[1]) < lengths_B[trained, None]
+    ends = np.cumsum(lengths)[:-1]
+    return (
+        np.split(whiten(advantages_BN[is_token_BN]).numpy(), ends),
+        np.split(returns_BN[is_token_BN].numpy(), ends),
+    )
 
 
 def logprob_gap(batch: PackedBatch) -> float:
@@ -76,3 +155,38 @@ def logprob_gap(batch: PackedBatch) -> float:
         for rank in batch.microbatches
         for mb in rank
     )
+
+
+def _pack(samples: Sequence[TrainingSample], world: WorldConfig) -> PackedBatch:
+    return pack(
+        samples,
+        max_tokens_per_microbatch=world.max_tokens_per_microbatch,
+        data_parallel_size=world.data_parallel_size,
+        pad_to_multiple=world.tensor_parallel_size if world.sequence_parallel else 1,
+    )
+
+
+def _sample_values(minibatch: Minibatch, scores: Scores) -> list[np.ndarray]:
+    assert minibatch.critic is not None and scores.values is not None
+    return trained_values(minibatch.critic, scores.values, len(minibatch.samples))
+
+
+def _with_policy_targets(batch: PackedBatch, scores: Scores, advantages: Sequence[np.ndarray]) -> PackedBatch:
+    old_logprobs = scores.old_logprobs
+    if old_logprobs is None:
+        old_logprobs = [[mb.per_token["rollout_logprobs"] for mb in rank] for rank in batch.microbatches]
+    batch = with_per_token(batch, "old_logprobs", old_logprobs)
+    if scores.reference_logprobs is not None:
+        batch = with_per_token(batch, "reference_logprobs", scores.reference_logprobs)
+    return with_per_token(batch, "advantages", spread_trained(batch, advantages))
+
+
+def _value_statistics(values: Sequence[np.ndarray], returns: Sequence[np.ndarray]) -> dict[str, float]:
+    """Means, and how much of the returns' variance the values explain: 1 is all, below 0 is worse than none."""
+    value_N, return_N = np.concatenate(values).astype(np.float64), np.concatenate(returns).astype(np.float64)
+    spread = float(return_N.var())
+    return {
+        "critic/value": float(value_N.mean()),
+        "critic/return": float(return_N.mean()),
+        "critic/explained_variance": 1.0 - float((return_N - value_N).var()) / spread if spread > 0 else 0.0,
+    }

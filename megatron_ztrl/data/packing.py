@@ -121,20 +121,39 @@ def with_per_token(batch: PackedBatch, name: str, values: Sequence[Sequence[np.n
     return replace(batch, microbatches=ranks)
 
 
-def broadcast_per_sample(
-    batch: PackedBatch, values_B: Sequence[float] | np.ndarray
-) -> list[list[np.ndarray]]:
-    """Gives each trained token the value of its sample, e.g. its advantage.
+def trained_values(
+    batch: PackedBatch, values: Sequence[Sequence[np.ndarray]], sample_count: int
+) -> list[np.ndarray]:
+    """Takes per-token arrays apart again.
 
     Args:
         batch: The packed samples.
-        values_B: [B] One value for each packed sample, by its index.
+        values: ``values[rank][m]`` is [T].
+        sample_count: How many samples were packed.
 
     Returns:
-        ``arrays[rank][m]``: [T] float32, 0.0 where the loss mask is False; fits ``with_per_token``.
+        For each sample the values of its trained tokens, in their order.
     """
-    values_B = np.asarray(values_B, dtype=np.float32)
-    return [[_spread(mb, values_B) for mb in rank] for rank in batch.microbatches]
+    found: list[np.ndarray] = [np.empty(0, dtype=np.float32)] * sample_count
+    for rank, arrays in zip(batch.microbatches, values, strict=True):
+        for mb, array_T in zip(rank, arrays, strict=True):
+            parts = np.split(array_T[mb.loss_mask_T], np.cumsum(_trained_counts(mb))[:-1])
+            for index, part in zip(mb.sample_indices, parts, strict=False):
+                found[index] = part
+    return found
+
+
+def spread_trained(batch: PackedBatch, values: Sequence[np.ndarray]) -> list[list[np.ndarray]]:
+    """The inverse of ``trained_values``; fits ``with_per_token``.
+
+    Args:
+        batch: The packed samples.
+        values: For each sample, by its index, the values of its trained tokens.
+
+    Returns:
+        ``arrays[rank][m]``: [T] float32, 0.0 where the loss mask is False.
+    """
+    return [[_spread(mb, values) for mb in rank] for rank in batch.microbatches]
 
 
 def _balance(lengths: Sequence[int], rank_count: int) -> list[list[int]]:
@@ -225,11 +244,13 @@ def _attach(microbatch: Microbatch, name: str, values_T: np.ndarray) -> Microbat
     return replace(microbatch, per_token={**microbatch.per_token, name: masked_T})
 
 
-def _spread(microbatch: Microbatch, values_B: np.ndarray) -> np.ndarray:
+def _trained_counts(microbatch: Microbatch) -> np.ndarray:
+    """[S] How many tokens of each sequence are trained; at least one entry."""
+    return np.add.reduceat(microbatch.loss_mask_T, microbatch.cu_seqlens[:-1], dtype=np.int64)
+
+
+def _spread(microbatch: Microbatch, values: Sequence[np.ndarray]) -> np.ndarray:
     spread_T = np.zeros(len(microbatch.loss_mask_T), dtype=np.float32)
-    lengths_S = np.diff(microbatch.cu_seqlens)[: len(microbatch.sample_indices)]
-    sample_tokens = int(lengths_S.sum())  # what follows is padding
-    indices_S = np.asarray(microbatch.sample_indices, dtype=np.int64)
-    spread_T[:sample_tokens] = np.repeat(values_B[indices_S], lengths_S)
-    spread_T[~microbatch.loss_mask_T] = 0.0
+    if microbatch.sample_indices:
+        spread_T[microbatch.loss_mask_T] = np.concatenate([values[i] for i in microbatch.sample_indices])
     return spread_T

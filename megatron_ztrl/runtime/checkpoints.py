@@ -1,4 +1,4 @@
-"""Resumable state on disk: ``<run>/checkpoints/step_000020/{actor/, state.json}``, complete or absent."""
+"""Resumable state on disk: ``<run>/checkpoints/step_000020/{actor/, critic/, state.json}``, complete or absent."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class CheckpointStore:
         self._keep_last = keep_last
 
     async def save(
-        self, version: int, save_actor: Callable[[Path], Awaitable[None]], state: dict[str, Any]
+        self, version: int, save_weights: Callable[[Path], Awaitable[None]], state: dict[str, Any]
     ) -> None:
         """Saves everything that a resumed run needs at ``version``."""
         final = self._directory / f"{PREFIX}{version:06d}"
@@ -36,8 +36,8 @@ class CheckpointStore:
             return
         partial = self._directory / f"partial_{version:06d}"
         shutil.rmtree(partial, ignore_errors=True)
-        (partial / "actor").mkdir(parents=True)
-        await save_actor(partial / "actor")
+        partial.mkdir(parents=True)
+        await save_weights(partial)
         (partial / "state.json").write_text(json.dumps({"version": version, **state}))
         os.replace(partial, final)
         for old in self._complete()[: -self._keep_last]:

@@ -10,7 +10,7 @@ import os
 import socket
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -21,9 +21,11 @@ from megatron_ztrl.runtime.cluster import cluster_gpus, node_address
 from megatron_ztrl.types import TensorSlice
 from megatron_ztrl.weights.reshard import Transfer
 
+Role = Literal["actor", "critic", "reference"]
+
 
 class RankProcess:
-    """What runs in one rank's process: an `ActorRank` and a way to call it."""
+    """What runs in one rank's process: its part of a model, and a way to call it."""
 
     def __init__(self) -> None:
         os.environ["OMP_NUM_THREADS"] = "1"  # read when torch is imported, which nothing has done yet
@@ -36,16 +38,20 @@ class RankProcess:
             probe.bind((address, 0))
             return f"tcp://{address}:{probe.getsockname()[1]}"
 
-    def build(self, config: Config, rank: int, world_size: int, init_method: str) -> tuple[int, bool]:
+    def build(
+        self, role: Role, config: Config, rank: int, world_size: int, init_method: str
+    ) -> tuple[int, bool]:
         """Builds the model and loads its weights.
 
         Returns:
             (data-parallel rank, whether this rank returns outputs).
         """
-        from megatron_ztrl.trainer.actor import ActorRank
+        from megatron_ztrl.trainer.actor import ActorRank, PolicyRank
+        from megatron_ztrl.trainer.critic import CriticRank
         from megatron_ztrl.weights.publish import WeightSender
 
-        self._rank = ActorRank(config, rank, world_size, init_method)
+        kinds = {"actor": ActorRank, "critic": CriticRank, "reference": PolicyRank}
+        self._rank = kinds[role](config, rank, world_size, init_method)
         self._sender = WeightSender(self._rank.parameter, rank)
         return self._rank.dp_rank, self._rank.is_output_rank
 
@@ -63,26 +69,32 @@ class RankProcess:
 
 
 class MegatronWorld:
-    """The policy's ranks. Every method is one collective command to all of them."""
+    """The ranks of one model. Every method is one collective command to all of them.
 
-    def __init__(self, config: Config) -> None:
+    Args:
+        config: The run.
+        role: What the ranks hold; the reference policy is laid out like the actor.
+    """
+
+    def __init__(self, config: Config, role: Role) -> None:
         import ray
 
-        actor = config.actor
+        world = config.critic if role == "critic" else config.actor
         self._config = config
+        self._role = role
         self._world_size = (
-            actor.tensor_parallel_size * actor.pipeline_parallel_size * actor.data_parallel_size
+            world.tensor_parallel_size * world.pipeline_parallel_size * world.data_parallel_size
         )
         remote = ray.remote(num_cpus=0, num_gpus=1 if cluster_gpus() else 0)(RankProcess)
         self._ranks = [remote.remote() for _ in range(self._world_size)]
         self._output_rank_of_dp: list[int] = []
 
     async def build(self) -> None:
-        """Starts all ranks and loads the initial policy into their shards."""
+        """Starts all ranks and loads the first weights into their shards."""
         init_method = await self._ranks[0].rendezvous.remote()
         roles = await asyncio.gather(
             *(
-                rank.build.remote(self._config, index, self._world_size, init_method)
+                rank.build.remote(self._role, self._config, index, self._world_size, init_method)
                 for index, rank in enumerate(self._ranks)
             )
         )
@@ -91,8 +103,15 @@ class MegatronWorld:
 
     async def logprobs(self, batch: PackedBatch) -> list[list[np.ndarray]]:
         """Log-probs of the trained tokens: [DP][M] arrays of [T], in nats."""
-        results = await self.call("logprobs", batch)
-        return [results[index] for index in self._output_rank_of_dp]
+        return await self._per_replica("logprobs", batch)
+
+    async def reference_logprobs(self, batch: PackedBatch) -> list[list[np.ndarray]]:
+        """``logprobs`` under the first weights, in the actor's ranks."""
+        return await self._per_replica("reference_logprobs", batch)
+
+    async def values(self, batch: PackedBatch) -> list[list[np.ndarray]]:
+        """The critic's values before the trained tokens: [DP][M] arrays of [T]."""
+        return await self._per_replica("values", batch)
 
     async def train_step(self, batch: PackedBatch, step: int) -> dict[str, float]:
         """One optimizer step. Returns its statistics."""
@@ -141,6 +160,10 @@ class MegatronWorld:
 
         shared = [ray.put(arg) if isinstance(arg, PackedBatch) else arg for arg in args]
         return await asyncio.gather(*(rank.call.remote(method, *shared, **kwargs) for rank in self._ranks))
+
+    async def _per_replica(self, method: str, batch: PackedBatch) -> list[list[np.ndarray]]:
+        results = await self.call(method, batch)
+        return [results[index] for index in self._output_rank_of_dp]
 
     def kill(self) -> None:
         """Ends all ranks at once."""

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable
 from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_ztrl.config.schema import Config
+from megatron_ztrl.data.batches import Minibatch, PerToken, Scores
 from megatron_ztrl.engines.client import EngineClient
 from megatron_ztrl.engines.server import EngineServer
 from megatron_ztrl.envs.prompt_templates import get_template
@@ -19,7 +20,7 @@ from megatron_ztrl.rollout.group import EngineFleet, GroupRunner
 from megatron_ztrl.rollout.trajectory import Sampling, Tokenizer
 from megatron_ztrl.runtime.cluster import cluster_gpus, cluster_nodes, node_address, ray_cluster
 from megatron_ztrl.runtime.executors import run_snippets, start_executors
-from megatron_ztrl.runtime.megatron_world import MegatronWorld
+from megatron_ztrl.runtime.megatron_world import MegatronWorld, Role
 from megatron_ztrl.runtime.services import Engine, HostedServer
 from megatron_ztrl.weights.publish import WeightPublisher
 
@@ -54,7 +55,70 @@ class System:
 
     rollouts: RolloutSystem
     actor: MegatronWorld
+    critic: MegatronWorld | None
+    reference: MegatronWorld | None
+    """None without a KL term, and where the actor's ranks hold the first weights, too."""
     publisher: WeightPublisher
+
+    async def scores(self, minibatch: Minibatch) -> Scores:
+        """What every model says of the samples, all worlds at once."""
+        algorithm = self.rollouts.config.algorithm
+        calls: dict[str, Awaitable[PerToken]] = {}
+        if algorithm.old_logprobs == "trainer":
+            calls["old_logprobs"] = self.actor.logprobs(minibatch.actor)
+        if self.reference is not None:
+            calls["reference_logprobs"] = self.reference.logprobs(minibatch.actor)
+        elif algorithm.kl_coefficient:
+            calls["reference_logprobs"] = self.actor.reference_logprobs(minibatch.actor)
+        if self.critic is not None and minibatch.critic is not None:
+            calls["values"] = self.critic.values(minibatch.critic)
+        return Scores(**dict(zip(calls, await asyncio.gather(*calls.values()), strict=True)))
+
+    async def train_step(self, minibatch: Minibatch, step: int) -> dict[str, float]:
+        """One optimizer step of actor and critic, side by side; the actor's waits out the critic's warm-up.
+
+        Args:
+            minibatch: With everything that ``with_targets`` attaches.
+            step: Training steps done before this one.
+
+        Returns:
+            Statistics as ``loss/*`` and ``critic/*``.
+        """
+        calls: dict[str, Awaitable[dict[str, float]]] = {}
+        if self.critic is None or step >= self.rollouts.config.algorithm.critic_warmup_steps:
+            calls["loss"] = self.actor.train_step(minibatch.actor, step)
+        if self.critic is not None and minibatch.critic is not None:
+            calls["critic"] = self.critic.train_step(minibatch.critic, step)
+        results = await asyncio.gather(*calls.values())
+        return {
+            f"{world}/{name}": value
+            for world, statistics in zip(calls, results, strict=True)
+            for name, value in statistics.items()
+        }
+
+    async def save_checkpoint(self, directory: Path) -> None:
+        """Writes ``actor/``, and ``critic/`` where there is one."""
+        await asyncio.gather(
+            *(world.save_checkpoint(directory / name) for name, world in self._trained().items())
+        )
+
+    async def load_checkpoint(self, directory: Path) -> None:
+        """Resumes from ``save_checkpoint``.
+
+        Raises:
+            ValueError: There is none, or it has no critic.
+        """
+        for name in self._trained():
+            if not (directory / name).is_dir():
+                raise ValueError(
+                    f"{directory} has no {name}: it is from a run with another algorithm.advantage"
+                )
+        await asyncio.gather(
+            *(world.load_checkpoint(directory / name) for name, world in self._trained().items())
+        )
+
+    def _trained(self) -> dict[str, MegatronWorld]:
+        return {"actor": self.actor} | ({} if self.critic is None else {"critic": self.critic})
 
 
 @contextlib.asynccontextmanager
@@ -74,7 +138,7 @@ async def launch_rollouts(
 async def launch(
     config: Config, run_directory: Path, tokenizer: Tokenizer, progress: Progress
 ) -> AsyncIterator[System]:
-    """Starts Ray, the actor's ranks, the engines and the executors, side by side.
+    """Starts Ray, the Megatron ranks, the engines and the executors, side by side.
 
     Args:
         config: The run.
@@ -86,11 +150,14 @@ async def launch(
         with progress.startup("Ray"):
             stack.enter_context(ray_cluster())
         with progress.startup("Megatron ranks, SGLang engines and Python executors"):
-            actor = MegatronWorld(config)
-            stack.callback(actor.kill)
+            worlds = {role: MegatronWorld(config, role) for role in _roles(config)}
+            for world in worlds.values():
+                stack.callback(world.kill)
             rollouts, _ = await asyncio.gather(
-                _start_rollouts(config, run_directory, tokenizer, stack), actor.build()
+                _start_rollouts(config, run_directory, tokenizer, stack),
+                asyncio.gather(*(world.build() for world in worlds.values())),
             )
+        actor = worlds["actor"]
         publisher = WeightPublisher(
             config,
             actor,
@@ -99,7 +166,23 @@ async def launch(
             backend="nccl" if cluster_gpus() else "gloo",
         )
         stack.push_async_callback(publisher.close)
-        yield System(rollouts=rollouts, actor=actor, publisher=publisher)
+        yield System(
+            rollouts=rollouts,
+            actor=actor,
+            critic=worlds.get("critic"),
+            reference=worlds.get("reference"),
+            publisher=publisher,
+        )
+
+
+def _roles(config: Config) -> list[Role]:
+    """The Megatron worlds of a run."""
+    roles: list[Role] = ["actor"]
+    if config.algorithm.advantage == "gae":
+        roles.append("critic")
+    if config.algorithm.kl_coefficient and config.reference.placement == "world":
+        roles.append("reference")
+    return roles
 
 
 async def _start_rollouts(

@@ -1,9 +1,10 @@
-"""Writes the policy as a Hugging Face checkpoint, one tensor at a time."""
+"""Writes a policy or a critic as a Hugging Face checkpoint, one tensor at a time."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -70,5 +71,16 @@ def export_hf(
         if writer and whole is not None:
             writer.add(name, whole)
     if writer:
-        writer.close(source, str(some.dtype).removeprefix("torch."))
+        writer.close(source, dtype=str(some.dtype).removeprefix("torch."), **_head_config(architecture))
     dist.barrier()
+
+
+def _head_config(architecture: Architecture) -> dict[str, Any]:
+    """What config.json must say for `transformers` to build the right head."""
+    if architecture.head == "language":
+        return {}
+    return {
+        "architectures": [f"{architecture.family}ForTokenClassification"],
+        "id2label": {"0": "value"},
+        "label2id": {"value": 0},
+    }

@@ -1,9 +1,10 @@
-"""The policy: Megatron's GPT model with a language-model head that looks at trained tokens only."""
+"""Megatron's GPT model with a head that looks at trained tokens only: the policy's, or the critic's."""
 
 from __future__ import annotations
 
 from typing import Any
 
+import torch
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.models.gpt import GPTModel
@@ -13,22 +14,16 @@ from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from megatron_ztrl.trainer.backend import block_spec
+from megatron_ztrl.trainer.backend import block_spec, device
 from megatron_ztrl.weights.hf_mapping import Architecture, Backend
 
 
-class PolicyModel(GPTModel):
-    """``GPTModel`` that computes logits only at selected positions.
+class _SelectiveModel(GPTModel):
+    """``GPTModel`` whose head is applied at selected positions.
 
     Prompt and tool tokens are not trained, and the vocabulary projection is the largest matrix product of a
     small model: leaving them out saves its time, and its activations.
     """
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        if self.post_process:
-            # Under sequence parallelism rows are gathered before the selection, so not again by the layer.
-            self.output_layer.sequence_parallel = False
 
     def forward(
         self, input_ids: Tensor, position_ids: Tensor, packed_seq_params: PackedSeqParams, selected_N: Tensor
@@ -42,7 +37,7 @@ class PolicyModel(GPTModel):
             selected_N: [N] Positions whose next token is trained.
 
         Returns:
-            [N, V] logits on the last pipeline stage, [T, 1, H] hidden states before it.
+            What ``head`` returns on the last pipeline stage, [T, 1, H] hidden states before it.
         """
         return super().forward(
             input_ids,
@@ -56,32 +51,67 @@ class PolicyModel(GPTModel):
         if not self.post_process:
             return hidden_states
         if self.config.sequence_parallel:
-            # The head's own backward sums over tensor-parallel ranks; here the gradient is only split again.
+            # All tensor-parallel ranks get the whole gradient of these rows, so here it is only split again:
+            # the language head's own backward sums it, and the value head computes it alike on each.
             hidden_states = gather_from_sequence_parallel_region(
                 hidden_states, tensor_parallel_output_grad=False
             )
+        return self.head(hidden_states.index_select(0, loss_mask))
+
+    def head(self, hidden_N1H: Tensor) -> Tensor:
+        """The output at the selected positions."""
+        raise NotImplementedError
+
+
+class PolicyModel(_SelectiveModel):
+    """Language-model head: [N, V] logits."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if self.post_process:
+            # Under sequence parallelism rows are gathered before the selection, so not again by the layer.
+            self.output_layer.sequence_parallel = False
+
+    def head(self, hidden_N1H: Tensor) -> Tensor:
         weight = (
             self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
         )
-        logits, _bias = self.output_layer(hidden_states.index_select(0, loss_mask), weight=weight)
+        logits, _bias = self.output_layer(hidden_N1H, weight=weight)
         return logits[:, 0]
+
+
+class ValueModel(_SelectiveModel):
+    """Value head, alike on all tensor-parallel ranks: [N] values. It starts at 0 everywhere."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if self.post_process:
+            self.output_layer = torch.nn.Linear(
+                self.config.hidden_size, 1, dtype=self.config.params_dtype, device=device()
+            )
+            torch.nn.init.zeros_(self.output_layer.weight)
+            torch.nn.init.zeros_(self.output_layer.bias)
+
+    def head(self, hidden_N1H: Tensor) -> Tensor:
+        return self.output_layer(hidden_N1H)[:, 0, 0]
 
 
 def build_chunks(
     config: TransformerConfig, architecture: Architecture, backend: Backend, max_sequence_length: int
-) -> list[PolicyModel]:
+) -> list[GPTModel]:
     """This rank's model chunks, with uninitialised weights: one, or several under an interleaved schedule."""
     virtual_size = config.virtual_pipeline_model_parallel_size
     stages: list[int | None] = list(range(virtual_size)) if virtual_size else [None]
+    is_policy = architecture.head == "language"
     return [
-        PolicyModel(
+        (PolicyModel if is_policy else ValueModel)(
             config,
             block_spec(config, backend, stage),
             vocab_size=architecture.padded_vocab_size(config.tensor_model_parallel_size),
             max_sequence_length=max_sequence_length,
             pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=stage),
             post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=stage),
-            share_embeddings_and_output_weights=architecture.tied_embeddings,
+            share_embeddings_and_output_weights=architecture.tied_embeddings and is_policy,
             position_embedding_type="rope",
             rotary_base=architecture.rope_theta,
             rope_scaling=architecture.rope_scaling_factor is not None,
@@ -92,14 +122,18 @@ def build_chunks(
     ]
 
 
+def wrap_precision(chunks: list[GPTModel], config: TransformerConfig) -> list[Any]:
+    """Makes the chunks take and return float32 where they compute in bfloat16."""
+    return [Float16Module(config, chunk) for chunk in chunks] if config.bf16 else list(chunks)
+
+
 def wrap_chunks(
-    chunks: list[PolicyModel], config: TransformerConfig, ddp_config: DistributedDataParallelConfig
+    chunks: list[GPTModel], config: TransformerConfig, ddp_config: DistributedDataParallelConfig
 ) -> list[DistributedDataParallel]:
     """Adds mixed precision and data parallelism, and tells the schedule how to defer gradient reduction."""
-    wrapped: list[Any] = [Float16Module(config, chunk) for chunk in chunks] if config.bf16 else list(chunks)
     models = [
         DistributedDataParallel(config, ddp_config, chunk, disable_bucketing=index > 0)
-        for index, chunk in enumerate(wrapped)
+        for index, chunk in enumerate(wrap_precision(chunks, config))
     ]
     if ddp_config.overlap_grad_reduce:
         config.no_sync_func = [m.no_sync for m in models] if len(models) > 1 else models[0].no_sync

@@ -17,7 +17,7 @@ from megatron.core.distributed import (
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megatron_ztrl.config.schema import Config
+from megatron_ztrl.config.schema import Config, WorldConfig
 from megatron_ztrl.trainer.backend import platform_options, process_group_backend
 from megatron_ztrl.weights.hf_mapping import Architecture, Backend, ParallelLayout
 
@@ -55,8 +55,10 @@ def init_distributed(layout: ParallelLayout, rank: int, init_method: str, seed: 
     tensor_parallel.model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
 
 
-def transformer_config(config: Config, architecture: Architecture, backend: Backend) -> TransformerConfig:
-    """Shape from the checkpoint, layout from ``actor``, the rest from ``megatron.transformer``."""
+def transformer_config(
+    config: Config, world: WorldConfig, architecture: Architecture, backend: Backend
+) -> TransformerConfig:
+    """Shape from the checkpoint, layout from ``world``, the rest from ``megatron.transformer``."""
     dtype = DTYPES[config.model.dtype]
     options: dict[str, Any] = {
         "num_layers": architecture.num_layers,
@@ -74,9 +76,12 @@ def transformer_config(config: Config, architecture: Architecture, backend: Back
         "add_qkv_bias": architecture.qkv_bias,
         "hidden_dropout": 0.0,
         "attention_dropout": 0.0,
-        "tensor_model_parallel_size": config.actor.tensor_parallel_size,
-        "pipeline_model_parallel_size": config.actor.pipeline_parallel_size,
-        "sequence_parallel": config.actor.sequence_parallel,
+        "tensor_model_parallel_size": world.tensor_parallel_size,
+        "pipeline_model_parallel_size": world.pipeline_parallel_size,
+        "virtual_pipeline_model_parallel_size": (
+            world.virtual_pipeline_size if world.virtual_pipeline_size > 1 else None
+        ),
+        "sequence_parallel": world.sequence_parallel,
         "params_dtype": dtype,
         "pipeline_dtype": dtype,
         "bf16": dtype is torch.bfloat16,
@@ -106,19 +111,21 @@ def ddp_config(config: Config) -> DistributedDataParallelConfig:
 
 
 def build_optimizer(
-    config: Config, models: list[DistributedDataParallel], ddp: DistributedDataParallelConfig
+    config: Config,
+    world: WorldConfig,
+    models: list[DistributedDataParallel],
+    ddp: DistributedDataParallelConfig,
 ) -> MegatronOptimizer:
     """AdamW whose states are spread over the data-parallel ranks."""
-    actor = config.actor
     options: dict[str, Any] = {
         "optimizer": "adam",
-        "lr": actor.learning_rate,
-        "min_lr": actor.learning_rate,
-        "weight_decay": actor.weight_decay,
-        "adam_beta1": actor.adam_beta1,
-        "adam_beta2": actor.adam_beta2,
-        "adam_eps": actor.adam_eps,
-        "clip_grad": actor.max_grad_norm,
+        "lr": world.learning_rate,
+        "min_lr": world.learning_rate,
+        "weight_decay": world.weight_decay,
+        "adam_beta1": world.adam_beta1,
+        "adam_beta2": world.adam_beta2,
+        "adam_eps": world.adam_eps,
+        "clip_grad": world.max_grad_norm,
         "bf16": config.model.dtype == "bfloat16",
         "params_dtype": DTYPES[config.model.dtype],
         "use_distributed_optimizer": ddp.use_distributed_optimizer,

@@ -1,4 +1,4 @@
-"""One pass over packed microbatches: log-probs only, or gradients of the policy loss.
+"""One pass of the policy over packed microbatches: log-probs only, or gradients of its loss.
 
 Shape suffixes: see ``megatron_ztrl.trainer``.
 """
@@ -16,13 +16,11 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
-from megatron_ztrl.algorithms.losses import ppo_clip_loss
+from megatron_ztrl.algorithms.losses import kl_penalty, ppo_clip_loss
 from megatron_ztrl.data.packing import Microbatch
 from megatron_ztrl.trainer.cpu_compat.attention import BlockedSeqParams, plan_blocks
 from megatron_ztrl.trainer.logprobs import vocab_parallel_logprobs
 from megatron_ztrl.weights.hf_mapping import Backend
-
-STATISTICS = ("loss", "entropy", "clip_fraction", "approx_kl", "mean_ratio")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +32,13 @@ class LossSettings:
     """Logits are divided by this, as they were when the tokens were sampled."""
     clip_low: float
     clip_high: float
+    kl_coefficient: float
+
+    @property
+    def statistics(self) -> tuple[str, ...]:
+        """What ``accumulate_gradients`` reports."""
+        names = ("loss", "entropy", "clip_fraction", "approx_kl", "mean_ratio")
+        return (*names, "reference_kl") if self.kl_coefficient else names
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,8 +85,8 @@ class DeviceMicrobatch:
             packed_seq_params=params,
         )
 
-    def logits(self, model: Any) -> Tensor:
-        """[N, V] on the last pipeline stage, hidden states before it."""
+    def outputs(self, model: Any) -> Tensor:
+        """What the model's head says of the selected positions; hidden states before the last stage."""
         return model(
             input_ids=self.input_ids,
             position_ids=self.position_ids,
@@ -118,9 +123,9 @@ def forward_logprobs(
                 0, mb.selected_N, logp_N
             )
 
-        return mb.logits(model), scatter
+        return mb.outputs(model), scatter
 
-    return _run(forward_step, models, microbatches, forward_only=True, collect_non_loss_data=True)
+    return run_schedule(forward_step, models, microbatches, forward_only=True, collect_non_loss_data=True)
 
 
 def accumulate_gradients(
@@ -133,7 +138,7 @@ def accumulate_gradients(
             weighs the same however the batch is cut into ranks and microbatches.
 
     Returns:
-        Means over the global batch, in the order of ``STATISTICS``; None before the last stage.
+        Means over the global batch, in the order of ``settings.statistics``; None before the last stage.
     """
 
     def forward_step(iterator: Iterator[DeviceMicrobatch], model: Any) -> tuple[Tensor, Callable[..., Any]]:
@@ -149,19 +154,31 @@ def accumulate_gradients(
                 clip_low=settings.clip_low,
                 clip_high=settings.clip_high,
             )
-            sums = (
-                policy.loss_sum.detach(),
-                entropy_N.sum(),
-                policy.clipped_sum,
-                policy.kl_sum,
-                policy.ratio_sum,
-            )
-            # With three results the schedule leaves the loss as it is; it ignores the second here.
-            return policy.loss_sum / trained_tokens, torch.zeros((), dtype=torch.int), torch.stack(sums)
+            loss_sum = policy.loss_sum
+            sums = [entropy_N.sum(), policy.clipped_sum, policy.kl_sum, policy.ratio_sum]
+            if settings.kl_coefficient:
+                kl_sum = kl_penalty(logp_N, mb.per_token_N["reference_logprobs"])
+                loss_sum = loss_sum + settings.kl_coefficient * kl_sum
+                sums.append(kl_sum.detach())
+            return scaled_loss(loss_sum, trained_tokens, sums)
 
-        return mb.logits(model), loss
+        return mb.outputs(model), loss
 
-    sums = _run(forward_step, models, microbatches, forward_only=False)
+    return global_means(run_schedule(forward_step, models, microbatches, forward_only=False), trained_tokens)
+
+
+def scaled_loss(loss_sum: Tensor, trained_tokens: int, sums: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    """What a loss function returns to the schedule: the loss to differentiate, and sums to report with it."""
+    # With three results the schedule leaves the loss as it is; it ignores the second here.
+    return (
+        loss_sum / trained_tokens,
+        torch.zeros((), dtype=torch.int),
+        torch.stack([loss_sum.detach(), *sums]),
+    )
+
+
+def global_means(sums: list[Tensor], trained_tokens: int) -> Tensor | None:
+    """Means over the global batch from the sums of this replica's microbatches; None before the last stage."""
     if not sums:
         return None
     means = torch.stack(sums).sum(0) / trained_tokens
@@ -171,9 +188,10 @@ def accumulate_gradients(
     return means
 
 
-def _run(
+def run_schedule(
     forward_step: Callable[..., Any], models: list[Any], microbatches: list[DeviceMicrobatch], **options: Any
 ) -> list[Any]:
+    """Megatron's pipeline schedule for this layout; returns what the last stage collected."""
     several = len(models) > 1
     return get_forward_backward_func()(
         forward_step_func=forward_step,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from megatron_ztrl.config.schema import Config
+from megatron_ztrl.config.schema import Config, WorldConfig
 from megatron_ztrl.weights.hf_mapping import Architecture, ParallelLayout
 
 
@@ -52,28 +52,44 @@ def read_architecture(checkpoint: Path) -> Architecture:
         raise ValueError(f"model.path: {path} has no {error}") from error
 
 
-def parallel_layout(config: Config) -> ParallelLayout:
-    """The grid of ranks that ``actor.*`` asks for."""
-    virtual = config.megatron.transformer.get("virtual_pipeline_model_parallel_size")
+def parallel_layout(world: WorldConfig) -> ParallelLayout:
+    """The grid of ranks that ``actor`` or ``critic`` asks for."""
     return ParallelLayout(
-        tensor_size=config.actor.tensor_parallel_size,
-        pipeline_size=config.actor.pipeline_parallel_size,
-        data_size=config.actor.data_parallel_size,
-        virtual_size=virtual or 1,
+        tensor_size=world.tensor_parallel_size,
+        pipeline_size=world.pipeline_parallel_size,
+        data_size=world.data_parallel_size,
+        virtual_size=world.virtual_pipeline_size,
     )
 
 
+def critic_checkpoint(config: Config) -> Path:
+    """Where the critic's first weights come from."""
+    return resolve_checkpoint(config.critic.path or config.model.path)
+
+
 def check_topology(config: Config) -> None:
-    """Checks that the model can be cut the way ``actor.*`` says.
+    """Checks that the models can be cut the way ``actor`` and ``critic`` say.
 
     Raises:
         ValueError: one line with the config path and the fix.
     """
-    architecture = read_architecture(resolve_checkpoint(config.model.path))
-    layout = parallel_layout(config)
-    for name in ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size"):
-        if getattr(config.actor, name) < 1:
-            raise ValueError(f"actor.{name}: must be at least 1")
+    policy = read_architecture(resolve_checkpoint(config.model.path))
+    if policy.head != "language":
+        raise ValueError(f"model.path: {config.model.path} is a critic, it has no language-model head")
+    _check_layout("actor", config.actor, policy)
+    if config.algorithm.advantage != "gae":
+        return
+    critic = read_architecture(critic_checkpoint(config))
+    if critic.vocab_size != policy.vocab_size:
+        raise ValueError(
+            f"critic.path: a vocabulary of {critic.vocab_size} tokens, where the policy's has"
+            f" {policy.vocab_size}: the critic must read the policy's tokens"
+        )
+    _check_layout("critic", config.critic, critic)
+
+
+def _check_layout(section: str, world: WorldConfig, architecture: Architecture) -> None:
+    layout = parallel_layout(world)
     for what, size in (
         ("attention heads", architecture.num_heads),
         ("key-value groups", architecture.num_kv_groups),
@@ -81,19 +97,15 @@ def check_topology(config: Config) -> None:
     ):
         if size % layout.tensor_size:
             raise ValueError(
-                f"actor.tensor_parallel_size: {layout.tensor_size} does not divide the {size} {what}"
-                f" of {config.model.path}"
+                f"{section}.tensor_parallel_size: {layout.tensor_size} does not divide the model's {size} {what}"
             )
     stages = layout.pipeline_size * layout.virtual_size
     if architecture.num_layers % stages:
         raise ValueError(
-            f"actor.pipeline_parallel_size: {stages} pipeline stages (virtual ones included) do not divide"
-            f" the {architecture.num_layers} layers of {config.model.path}"
+            f"{section}.pipeline_parallel_size: {stages} pipeline stages (virtual ones included) do not divide"
+            f" the model's {architecture.num_layers} layers"
         )
     if layout.virtual_size > 1 and layout.pipeline_size == 1:
-        raise ValueError(
-            "megatron.transformer.virtual_pipeline_model_parallel_size:"
-            " needs actor.pipeline_parallel_size > 1"
-        )
-    if config.actor.sequence_parallel and layout.tensor_size == 1:
-        raise ValueError("actor.sequence_parallel: needs actor.tensor_parallel_size > 1")
+        raise ValueError(f"{section}.virtual_pipeline_size: needs {section}.pipeline_parallel_size > 1")
+    if world.sequence_parallel and layout.tensor_size == 1:
+        raise ValueError(f"{section}.sequence_parallel: needs {section}.tensor_parallel_size > 1")

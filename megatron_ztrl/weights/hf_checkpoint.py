@@ -107,8 +107,8 @@ class HFCheckpointWriter:
         self._pending_bytes += tensor.nbytes
         self._total_bytes += tensor.nbytes
 
-    def close(self, source: Path, dtype: str) -> None:
-        """Writes what is left, and copies config.json and the tokenizer files from ``source``."""
+    def close(self, source: Path, *, dtype: str, **config_changes: Any) -> None:
+        """Writes what is left, and copies config.json, changed, and the tokenizer files from ``source``."""
         self._flush()
         if len(self._parts) == 1:
             self._parts[0][0].replace(self._directory / SINGLE_NAME)
@@ -125,7 +125,7 @@ class HFCheckpointWriter:
                 shutil.copyfile(path, self._directory / path.name)
         config = json.loads((source / "config.json").read_text())
         config["dtype" if "dtype" in config else "torch_dtype"] = dtype
-        (self._directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        (self._directory / "config.json").write_text(json.dumps(config | config_changes, indent=2) + "\n")
 
     def _flush(self) -> None:
         path = self._directory / f"part-{len(self._parts):05d}.safetensors.tmp"

@@ -4,7 +4,7 @@ The loader, the HF export and the weight publisher all read the list of ``Tensor
 :func:`megatron_slices` makes. It is arithmetic on shapes: no tensor, no Megatron, no process group, so any
 process can work out what any rank holds.
 
-To add an architecture with the Llama block layout, add a row to ``ARCHITECTURES``. A block that has other
+To add a family with the Llama block layout, add a row to ``ARCHITECTURES``. A block that has other
 parameters also needs rows in ``LAYER_TABLE``.
 """
 
@@ -18,13 +18,20 @@ from megatron_ztrl.types import TensorSlice
 
 Backend = Literal["te", "local"]
 Rule = Literal["whole", "qkv", "gated", "columns"]
+Head = Literal["language", "value"]
 
 ARCHITECTURES: dict[str, dict[str, bool]] = {
-    "Qwen2ForCausalLM": {"qkv_bias": True, "qk_norm": False},
-    "Qwen3ForCausalLM": {"qkv_bias": False, "qk_norm": True},
-    "LlamaForCausalLM": {"qkv_bias": False, "qk_norm": False},
+    "Qwen2": {"qkv_bias": True, "qk_norm": False},
+    "Qwen3": {"qkv_bias": False, "qk_norm": True},
+    "Llama": {"qkv_bias": False, "qk_norm": False},
 }
-"""Supported values of ``architectures[0]`` in config.json, and what distinguishes their blocks."""
+"""Supported families, and what distinguishes their blocks."""
+
+HEADS: dict[str, Head] = {"ForCausalLM": "language", "ForTokenClassification": "value"}
+"""What follows the family in ``architectures[0]`` of config.json."""
+
+VALUE_HEAD = "score."
+"""Prefix of the value head's HF tensors."""
 
 LAYER_TABLE: tuple[tuple[str, Rule, tuple[str, ...]], ...] = (
     ("input_layernorm.weight", "whole", ("input_layernorm.weight",)),
@@ -50,7 +57,9 @@ TE_NAMES = {
 class Architecture:
     """What training needs to know of a checkpoint's config.json."""
 
-    name: str
+    family: str
+    head: Head
+    """``value`` is one output per position in place of the vocabulary's: a critic."""
     num_layers: int
     hidden_size: int
     num_heads: int
@@ -74,11 +83,15 @@ class Architecture:
         Raises:
             ValueError: the architecture, or an option of it, is not supported.
         """
-        names = config.get("architectures") or ["(none)"]
-        if names[0] not in ARCHITECTURES:
+        name = (config.get("architectures") or ["(none)"])[0]
+        known = {
+            family + ending: (family, head) for ending, head in HEADS.items() for family in ARCHITECTURES
+        }
+        if name not in known:
             raise ValueError(
-                f"config.json: architecture {names[0]} is not supported; choose one of {list(ARCHITECTURES)}"
+                f"config.json: architecture {name} is not supported; choose one of {list(known)}"
             )
+        family, head = known[name]
         for key, supported in (
             ("use_sliding_window", (False, None)),
             ("attention_bias", (False, None)),
@@ -86,13 +99,12 @@ class Architecture:
             ("hidden_act", ("silu",)),
         ):
             if config.get(key, supported[0]) not in supported:
-                raise ValueError(
-                    f"config.json: {key}={config[key]!r} is not supported by the {names[0]} mapping"
-                )
+                raise ValueError(f"config.json: {key}={config[key]!r} is not supported by the {name} mapping")
         rope_theta, rope_scaling_factor = _read_rope(config)
         heads = config["num_attention_heads"]
         return cls(
-            name=names[0],
+            family=family,
+            head=head,
             num_layers=config["num_hidden_layers"],
             hidden_size=config["hidden_size"],
             num_heads=heads,
@@ -105,7 +117,7 @@ class Architecture:
             rope_theta=rope_theta,
             rope_scaling_factor=rope_scaling_factor,
             max_positions=config["max_position_embeddings"],
-            **ARCHITECTURES[names[0]],
+            **ARCHITECTURES[family],
         )
 
     def padded_vocab_size(self, tensor_parallel_size: int) -> int:
@@ -190,8 +202,13 @@ def megatron_slices(
         if is_last:
             norm = f"{prefix}decoder.final_layernorm.weight"
             slices.append(_slice(norm, "model.norm.weight", 0, 0, 0, architecture.hidden_size))
+            if architecture.head == "value":
+                slices += [
+                    _slice(f"{prefix}output_layer.{name}", f"{VALUE_HEAD}{name}", 0, 0, 0, 1)
+                    for name in ("weight", "bias")
+                ]
             # A stage that holds the embedding as well uses that very parameter as its output layer when tied.
-            if not (architecture.tied_embeddings and is_first):
+            elif not (architecture.tied_embeddings and is_first):
                 tensor = "model.embed_tokens.weight" if architecture.tied_embeddings else "lm_head.weight"
                 slices += _vocabulary(f"{prefix}output_layer.weight", tensor, architecture, layout, place)
     return slices
@@ -222,7 +239,9 @@ def hf_tensor_shapes(architecture: Architecture) -> dict[str, tuple[int, ...]]:
         for _, _, tensors in _layer_rows(a):
             shapes.update({f"model.layers.{layer}.{name}": block[name] for name in tensors})
     shapes["model.norm.weight"] = (a.hidden_size,)
-    if not a.tied_embeddings:
+    if a.head == "value":
+        shapes |= {f"{VALUE_HEAD}weight": (1, a.hidden_size), f"{VALUE_HEAD}bias": (1,)}
+    elif not a.tied_embeddings:
         shapes["lm_head.weight"] = (a.vocab_size, a.hidden_size)
     return shapes
 

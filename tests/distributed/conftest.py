@@ -16,7 +16,7 @@ from launcher import launch
 from random_policies import POLICIES, reference_run, save_policy
 from ranks import Case, measure_resume, run_parity_cases
 
-INTERLEAVED = {"virtual_pipeline_model_parallel_size": 2, "overlap_p2p_comm": True}
+INTERLEAVED = {"overlap_p2p_comm": True}
 OVERLAP = {"overlap_grad_reduce": True, "overlap_param_gather": True, "bucket_size": 20_000}
 RECOMPUTE = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
 
@@ -27,7 +27,7 @@ TWO_RANK_CASES = [
     Case(name="tp2", policy="qwen2", tp=2),
     Case(name="tp2-sp", policy="qwen2", tp=2, sp=True),
     Case(name="pp2", policy="qwen2", pp=2),
-    Case(name="pp2-interleaved", policy="qwen2", pp=2, transformer=INTERLEAVED),
+    Case(name="pp2-interleaved", policy="qwen2", pp=2, vp=2, transformer=INTERLEAVED),
     Case(name="dp2", policy="qwen2", dp=2),
     Case(name="dp2-all-reduce", policy="qwen2", dp=2, ddp={"use_distributed_optimizer": False}),
     Case(name="dp2-overlap", policy="qwen2", dp=2, ddp=OVERLAP),

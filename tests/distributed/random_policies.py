@@ -48,6 +48,7 @@ def config(
     *,
     tp: int = 1,
     pp: int = 1,
+    vp: int = 1,
     dp: int = 1,
     sp: bool = False,
     dtype: str = "float32",
@@ -65,6 +66,7 @@ def config(
         actor=ActorConfig(
             tensor_parallel_size=tp,
             pipeline_parallel_size=pp,
+            virtual_pipeline_size=vp,
             data_parallel_size=dp,
             sequence_parallel=sp,
             learning_rate=LEARNING_RATE,

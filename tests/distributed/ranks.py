@@ -24,6 +24,7 @@ class Case:
     policy: str
     tp: int = 1
     pp: int = 1
+    vp: int = 1
     dp: int = 1
     sp: bool = False
     tokens: int = 64
@@ -53,6 +54,7 @@ def build(case: Case, rank: int, scratch: Path, root: Path) -> Any:
         root / case.policy,
         tp=case.tp,
         pp=case.pp,
+        vp=case.vp,
         dp=case.dp,
         sp=case.sp,
         dtype=case.dtype,

@@ -25,11 +25,10 @@ def test_fitting_layout_passes(checkpoint: Path) -> None:
 @pytest.mark.parametrize(
     ("layout", "message"),
     [
-        ({"tp": 3}, r"actor.tensor_parallel_size: 3 does not divide the 4 attention heads"),
-        ({"tp": 4}, r"actor.tensor_parallel_size: 4 does not divide the 2 key-value groups"),
+        ({"tp": 3}, r"actor.tensor_parallel_size: 3 does not divide the model's 4 attention heads"),
+        ({"tp": 4}, r"actor.tensor_parallel_size: 4 does not divide the model's 2 key-value groups"),
         ({"pp": 3}, r"actor.pipeline_parallel_size: 3 pipeline stages .* 4 layers"),
         ({"pp": 8}, r"actor.pipeline_parallel_size: 8 pipeline stages .* 4 layers"),
-        ({"dp": 0}, r"actor.data_parallel_size: must be at least 1"),
         ({"sp": True}, r"actor.sequence_parallel: needs actor.tensor_parallel_size > 1"),
     ],
 )

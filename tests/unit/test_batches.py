@@ -13,7 +13,7 @@ from megatron_ztrl.config.schema import (
     RunConfig,
     TrainConfig,
 )
-from megatron_ztrl.data.batches import logprob_gap, training_batches, with_old_logprobs
+from megatron_ztrl.data.batches import Scores, logprob_gap, pack_minibatches, with_targets
 from megatron_ztrl.rollout.statistics import model_tokens, rollout_statistics
 from megatron_ztrl.types import (
     NOT_SAMPLED,
@@ -76,15 +76,23 @@ def trained(batch, name):
     ]
 
 
+def batches(*, scores=None, **algorithm):
+    chosen = config(**algorithm)
+    packed = pack_minibatches([GROUP], chosen, np.random.default_rng(0))
+    ready, statistics = with_targets(packed, scores or [Scores()] * len(packed), chosen.algorithm)
+    assert statistics == {}
+    return [minibatch.actor for minibatch in ready]
+
+
 def test_grpo_advantages_reach_every_sampled_token_and_no_other():
-    (batch,) = training_batches([GROUP], config(advantage="grpo"), np.random.default_rng(0))
+    (batch,) = batches(advantage="grpo")
     # Rewards 1 and 0: mean 1/2, population deviation 1/2.
     assert sorted(trained(batch, "advantages")) == pytest.approx([-1.0, 1.0, 1.0, 1.0], abs=1e-4)
     assert batch.trained_tokens == 4
 
 
 def test_reinforce_pp_advantages_are_whitened_over_tokens():
-    (batch,) = training_batches([GROUP], config(advantage="reinforce_pp_baseline"), np.random.default_rng(0))
+    (batch,) = batches(advantage="reinforce_pp_baseline")
     # Centred rewards +1/2 on three tokens and -1/2 on one: mean 1/4, deviation sqrt(3)/4.
     deviation = 3**0.5 / 4
     expected = [-0.75 / deviation] + [0.25 / deviation] * 3
@@ -92,22 +100,45 @@ def test_reinforce_pp_advantages_are_whitened_over_tokens():
 
 
 def test_mini_batches_share_the_statistics_of_the_whole_step():
-    batches = training_batches([GROUP], config(advantage="grpo", minibatches=2), np.random.default_rng(0))
-    values = sorted(value for batch in batches for value in trained(batch, "advantages"))
+    parts = batches(advantage="grpo", minibatches=2)
+    values = sorted(value for batch in parts for value in trained(batch, "advantages"))
     assert values == pytest.approx([-1.0, 1.0, 1.0, 1.0], abs=1e-4)
-    assert sorted(batch.trained_tokens for batch in batches) == [1, 3]
+    assert sorted(batch.trained_tokens for batch in parts) == [1, 3]
 
 
 def test_old_logprobs_come_from_the_engine_or_from_the_trainer():
-    (batch,) = training_batches([GROUP], config(), np.random.default_rng(0))
-    assert logprob_gap(with_old_logprobs(batch, None)) == 0.0
+    (batch,) = batches()
+    assert logprob_gap(batch) == 0.0
     trainer = [
         [np.where(mb.loss_mask_T, np.float32(-0.75), np.float32(9.0)) for mb in rank]
         for rank in batch.microbatches
     ]
-    attached = with_old_logprobs(batch, trainer)
+    (attached,) = batches(scores=[Scores(old_logprobs=trainer)])
     assert trained(attached, "old_logprobs") == [-0.75] * 4
     assert logprob_gap(attached) == pytest.approx(0.25)
+
+
+def test_ppo_targets_follow_model_tokens_across_a_tool_reply():
+    chosen = config(advantage="gae", gamma=0.5, gae_lambda=0.5)
+    (packed,) = pack_minibatches([GROUP], chosen, np.random.default_rng(0))
+    # The critic said 0.25 before every trained token, and nonsense elsewhere.
+    values = [
+        [np.where(mb.loss_mask_T, np.float32(0.25), np.float32(9.0)) for mb in rank]
+        for rank in packed.critic.microbatches
+    ]
+    ([ready], statistics) = with_targets([packed], [Scores(values=values)], chosen.algorithm)
+    # Rollout 1 (reward 1, three model tokens around one of the tool), from the last token backwards:
+    # 1 - 0.25 = 0.75; (0.5 * 0.25 - 0.25) + 0.25 * 0.75 = 0.0625; -0.125 + 0.25 * 0.0625 = -0.109375.
+    # Rollout 2 (reward 0, one token): -0.25.
+    advantages = [-0.109375, 0.0625, 0.75, -0.25]
+    returns = [a + 0.25 for a in advantages]
+    assert trained(ready.critic, "old_values") == [0.25] * 4
+    assert sorted(trained(ready.critic, "returns")) == pytest.approx(sorted(returns))
+    whitened = (np.array(advantages) - np.mean(advantages)) / np.std(advantages)
+    assert sorted(trained(ready.actor, "advantages")) == pytest.approx(sorted(whitened), rel=1e-5)
+    assert statistics["critic/value"] == 0.25
+    assert statistics["critic/return"] == pytest.approx(np.mean(returns))
+    assert statistics["critic/explained_variance"] == pytest.approx(0.0, abs=1e-6)  # a constant explains none
 
 
 def test_statistics_count_executed_beside_written_code_and_leave_out_infrastructure_failures():

@@ -16,7 +16,7 @@ async def test_the_newest_checkpoints_are_kept_and_read_back(tmp_path):
     assert [path.name for path in sorted(tmp_path.iterdir())] == ["step_000010", "step_000100"]
     assert store.latest() == tmp_path / "step_000100"
     assert read_state(store.latest()) == {"version": 100, "cursor": 200}
-    assert (store.latest() / "actor" / "weights").read_text() == "w"
+    assert (store.latest() / "weights").read_text() == "w"
 
 
 async def test_a_save_that_is_killed_leaves_the_last_good_checkpoint(tmp_path):

@@ -45,7 +45,7 @@ def error_of(checked: Config) -> str:
 
 @needs_megatron
 def test_options_that_megatron_has_are_accepted_inherited_ones_included() -> None:
-    transformer = {"recompute_granularity": "full", "virtual_pipeline_model_parallel_size": 2}
+    transformer = {"recompute_granularity": "full", "overlap_p2p_comm": True}
     optimizer, ddp = {"use_distributed_optimizer": True}, {"overlap_grad_reduce": True}
     native.check_native(config(MegatronConfig(transformer=transformer, optimizer=optimizer, ddp=ddp)))
 

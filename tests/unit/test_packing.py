@@ -7,9 +7,10 @@ import pytest
 
 from megatron_ztrl.data.packing import (
     PackedBatch,
-    broadcast_per_sample,
     pack,
     split_minibatches,
+    spread_trained,
+    trained_values,
     with_per_token,
 )
 from megatron_ztrl.types import TrainingSample
@@ -78,7 +79,7 @@ def test_a_rank_without_samples_gets_an_empty_microbatch_of_pure_padding():
     assert empty.input_ids_T.tolist() == [0] * 4
     assert empty.position_ids_T.tolist() == [0, 1, 2, 3]
     assert not empty.loss_mask_T.any()
-    [[_], [advantages_T]] = broadcast_per_sample(batch, [2.0])
+    [[_], [advantages_T]] = spread_trained(batch, [np.array([2.0])] * 9)
     assert advantages_T.tolist() == [0.0] * 4
 
 
@@ -147,15 +148,28 @@ def test_a_sample_over_the_budget_names_the_config_path():
         pack([], max_tokens_per_microbatch=8, data_parallel_size=1)
 
 
-def test_per_sample_values_reach_exactly_the_trained_tokens():
+def test_values_of_trained_tokens_go_there_and_come_back():
     samples = [_sample([1, 2, 3], 1), _sample([4, 5, 6, 7], 3)]
     batch = pack(samples, max_tokens_per_microbatch=8, data_parallel_size=1, pad_to_multiple=8)
-    batch = with_per_token(batch, "advantages", broadcast_per_sample(batch, [0.5, -2.0]))
+    values = [np.array([0.5, 0.25]), np.array([-2.0])]
+    arrays = spread_trained(batch, values)
+    batch = with_per_token(batch, "advantages", arrays)
     [[mb]] = batch.microbatches
     assert mb.sample_indices == [1, 0]
-    assert mb.per_token["advantages"].tolist() == [0, 0, -2.0, 0, 0.5, 0.5, 0, 0]
+    assert mb.per_token["advantages"].tolist() == [0, 0, -2.0, 0, 0.5, 0.25, 0, 0]
     assert mb.per_token["advantages"].dtype == np.float32
     assert set(mb.per_token) == {"rollout_logprobs", "advantages"}
+    assert [part.tolist() for part in trained_values(batch, arrays, 2)] == [[0.5, 0.25], [-2.0]]
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_trained_values_survive_every_packing(seed: int):
+    rng = np.random.default_rng(seed)
+    samples = _random_samples(rng, int(rng.integers(1, 40)), 50)
+    batch = pack(samples, max_tokens_per_microbatch=64, data_parallel_size=3, pad_to_multiple=4)
+    values = [rng.random(sum(sample.loss_mask)).astype(np.float32) for sample in samples]
+    found = trained_values(batch, spread_trained(batch, values), len(samples))
+    assert [part.tolist() for part in found] == [part.tolist() for part in values]
 
 
 def test_attached_values_are_zeroed_where_nothing_is_trained():
