@@ -130,6 +130,7 @@ def _paths(config: Config) -> Iterator[str]:
         yield "run.directory: must not be empty"
     for path, name in [
         ("model.path", config.model.path),
+        *([] if config.critic.path is None else [("critic.path", config.critic.path)]),
         *((f"{p}.path", d.path) for p, d in _datasets(config)),
     ]:
         if not name:

@@ -27,9 +27,9 @@ _DATA_SUFFIXES = (".jsonl", ".json", ".parquet")
 def load_config(path: str | os.PathLike[str], overrides: typing.Sequence[str] = ()) -> Config:
     """Reads a YAML file, applies ``a.b=c`` overrides, validates, and makes paths absolute.
 
-    ``model.path``, the data sets' ``path`` and ``sandbox.token_file`` are relative to the file they are written
-    in, or to the current directory when an override gives them; hub ids stay as they are. ``run.directory`` is
-    relative to the current directory.
+    ``model.path``, ``critic.path``, the data sets' ``path`` and ``sandbox.token_file`` are relative to the file
+    they are written in, or to the current directory when an override gives them; hub ids stay as they are.
+    ``run.directory`` is relative to the current directory.
 
     Raises:
         ConfigError: One line per problem.
@@ -102,7 +102,8 @@ def _apply_override(tree: DictConfig, override: str) -> str:
 def _resolve_inputs(tree: DictConfig, base: Path) -> None:
     """Makes the paths of files that are read absolute, where they are local."""
     data_sets = [OmegaConf.select(tree, "data.train"), *(_list(OmegaConf.select(tree, "data.eval")))]
-    places = [(section, "path") for section in (OmegaConf.select(tree, "model"), *data_sets)]
+    models = [OmegaConf.select(tree, "model"), OmegaConf.select(tree, "critic")]
+    places = [(section, "path") for section in (*models, *data_sets)]
     for section, key in [*places, (OmegaConf.select(tree, "sandbox"), "token_file")]:
         if isinstance(section, DictConfig) and isinstance(section.get(key), str):
             section[key] = _resolve(section[key], base)

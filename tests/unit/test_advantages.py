@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from megatron_ztrl.algorithms.advantages import grpo, reinforce_pp_baseline
+from megatron_ztrl.algorithms.advantages import gae, grpo, reinforce_pp_baseline, whiten
 
 
 def test_reinforce_pp_baseline_whitens_over_tokens_not_over_rollouts():
@@ -49,3 +49,42 @@ def test_a_lone_rollout_and_a_batch_without_model_tokens_get_zeros():
     one = torch.tensor([1.0])
     assert grpo(one, torch.tensor([5])).tolist() == [0.0]
     assert reinforce_pp_baseline(one, torch.tensor([5]), torch.tensor([0])).tolist() == [0.0]
+
+
+def test_gae_works_backwards_from_the_reward():
+    # gamma 1/2, lambda 1/2, values .4 .2 .6, reward 1. Surprises: .5*.2-.4 = -.3; .5*.6-.2 = .1; 1-.6 = .4.
+    # Advantages: .4; .1 + .25*.4 = .2; -.3 + .25*.2 = -.25. Returns are advantage + value.
+    advantages_BN, returns_BN = gae(
+        torch.tensor([[0.4, 0.2, 0.6, math.nan]]),
+        torch.tensor([3]),
+        torch.tensor([1.0]),
+        gamma=0.5,
+        gae_lambda=0.5,
+    )
+    assert advantages_BN.dtype == torch.float32
+    assert advantages_BN[0].tolist() == pytest.approx([-0.25, 0.2, 0.4, 0.0])
+    assert returns_BN[0].tolist() == pytest.approx([0.15, 0.4, 1.0, 0.0])
+
+
+def test_gae_without_discount_is_reward_minus_value_however_long_the_rollout():
+    generator = torch.Generator().manual_seed(0)
+    values_BN = torch.rand(5, 40, generator=generator)
+    lengths_B = torch.tensor([1, 40, 7, 23, 2])
+    rewards_B = torch.tensor([1.0, 0.0, 1.0, 0.5, 0.0])
+    advantages_BN, returns_BN = gae(values_BN, lengths_B, rewards_B, gamma=1.0, gae_lambda=1.0)
+    for b, length in enumerate(lengths_B.tolist()):
+        expected = rewards_B[b] - values_BN[b, :length]
+        assert torch.allclose(advantages_BN[b, :length], expected, atol=1e-6)
+        assert torch.allclose(returns_BN[b, :length], rewards_B[b].expand(length), atol=1e-6)
+        assert not advantages_BN[b, length:].any() and not returns_BN[b, length:].any()
+
+
+def test_gae_with_lambda_zero_looks_one_model_token_ahead():
+    values_BN = torch.tensor([[0.5, 0.25, 1.0]])
+    advantages_BN, _ = gae(values_BN, torch.tensor([3]), torch.tensor([0.0]), gamma=0.8, gae_lambda=0.0)
+    assert advantages_BN[0].tolist() == pytest.approx([0.8 * 0.25 - 0.5, 0.8 * 1.0 - 0.25, 0.0 - 1.0])
+
+
+def test_whitening_leaves_equal_values_at_zero():
+    assert whiten(torch.tensor([1.0, 2.0, 3.0])).tolist() == pytest.approx([-1.5**0.5, 0.0, 1.5**0.5])
+    assert whiten(torch.full((4,), 0.1)).abs().max().item() < 1e-6

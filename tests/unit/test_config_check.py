@@ -58,6 +58,13 @@ def test_the_defaults_are_accepted(yaml_file: Path) -> None:
             ["algorithm.minibatches=3", "rollout.groups_per_step=1", "rollout.group_size=2"],
             "minibatches: 3 .* is 2",
         ),
+        (["algorithm.critic_warmup_steps=1"], "critic_warmup_steps: there is no critic"),
+        (["algorithm.advantage=gae", "critic.value_clip=0"], "critic.value_clip: must be above 0"),
+        (
+            ["algorithm.advantage=gae", "critic.max_tokens_per_microbatch=100"],
+            "critic.max_tokens_per_microbatch: 100 .* = 9216",
+        ),
+        (["critic.path=/nope"], "critic.path: /nope does not exist"),
         (["sandbox.urls=['localhost:8080']"], "sandbox.urls: must start with http"),
         (["sandbox.urls=['http://a:1','http://a:1']"], "sandbox.urls: lists an executor twice: 'http://a:1'"),
         (

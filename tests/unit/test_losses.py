@@ -1,11 +1,11 @@
-"""The clipped policy loss, against numbers worked out by hand."""
+"""The losses of policy and critic, against numbers worked out by hand."""
 
 import math
 
 import pytest
 import torch
 
-from megatron_ztrl.algorithms.losses import ppo_clip_loss
+from megatron_ztrl.algorithms.losses import kl_penalty, ppo_clip_loss, value_loss
 
 
 def _log(*ratios: float) -> torch.Tensor:
@@ -75,3 +75,32 @@ def test_an_empty_microbatch_gives_zero_sums_that_can_be_differentiated():
     loss.loss_sum.backward()
     assert loss.loss_sum.item() == 0.0
     assert logp_T.grad.tolist() == [0.0, 0.0]
+
+
+def test_value_loss_takes_the_larger_of_plain_and_clipped_error():
+    # old 0, clip 0.2. value 0.5, return 1: plain .25, clipped (0.2 - 1)^2 = .64 -> clipped, no gradient.
+    # value 0.5, return 0: plain .25, clipped .04 -> plain. value 0.1, return 1: both .81.
+    value_N = torch.tensor([0.5, 0.5, 0.1], requires_grad=True)
+    loss = value_loss(value_N, torch.zeros(3), torch.tensor([1.0, 0.0, 1.0]), value_clip=0.2)
+    assert loss.loss_sum.item() == pytest.approx(0.5 * (0.64 + 0.25 + 0.81))
+    assert loss.clipped_sum.item() == 1.0
+    assert loss.squared_error_sum.item() == pytest.approx(0.25 + 0.25 + 0.81)
+    loss.loss_sum.backward()
+    assert value_N.grad.tolist() == pytest.approx([0.0, 0.5, -0.9])
+
+
+def test_value_loss_without_clip_is_half_the_squared_error():
+    value_N = torch.tensor([0.5, -3.0])
+    loss = value_loss(value_N, torch.zeros(2), torch.ones(2), value_clip=None)
+    assert loss.loss_sum.item() == pytest.approx(0.5 * (0.25 + 16.0))
+    assert loss.clipped_sum.item() == 0.0
+
+
+def test_kl_penalty_is_the_k3_estimate_and_pulls_towards_the_reference():
+    logp_N = _log(0.5, 0.25).requires_grad_()
+    # r = reference / policy = 1/2 and 2: r - 1 - log r.
+    kl = kl_penalty(logp_N, _log(0.25, 0.5))
+    assert kl.item() == pytest.approx((0.5 - 1 + math.log(2)) + (2 - 1 - math.log(2)))
+    kl.backward()
+    assert logp_N.grad.tolist() == pytest.approx([0.5, -1.0])  # 1 - r
+    assert kl_penalty(logp_N, logp_N.detach()).item() == 0.0
