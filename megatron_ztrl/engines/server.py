@@ -20,6 +20,7 @@ import psutil
 
 from megatron_ztrl.config.schema import Config
 from megatron_ztrl.engines import cpu_compat
+from megatron_ztrl.engines.ports import port_of, reserve_port
 
 WEIGHT_LOADER = "megatron_ztrl.engines.weight_receiver.load"
 """The custom weight loader (see that module)."""
@@ -69,7 +70,7 @@ class EngineServer:
         self._host = host
         self._port = None if config.engine.port is None else config.engine.port + index
         self._device = device or _detect_device()
-        self._reservation: socket.socket | None = None
+        self._reservations: list[socket.socket] = []
         self._process: subprocess.Popen[bytes] | None = None
         self._arguments = _server_args(config, index, self._device)
 
@@ -97,9 +98,10 @@ class EngineServer:
             ValueError: the configured port is taken.
         """
         assert not self.alive, "already started"
-        self._reservation = _reserve_port(self._host, self._port)
-        self._port = self._reservation.getsockname()[1]
+        self._port = self._reserve(self._port)
         arguments = {**self._arguments, "host": self._host, "port": self._port}
+        if arguments.get("nccl_port") is None:  # SGLang would pick a free one, and bind it half a minute later
+            arguments["nccl_port"] = self._reserve(None)
         command = [sys.executable, "-m", "sglang.launch_server", *_command_line(arguments)]
         self._log_path.parent.mkdir(parents=True, exist_ok=True)
         self._scratch = tempfile.TemporaryDirectory(prefix="ztrl-engine-")
@@ -136,12 +138,20 @@ class EngineServer:
                     ) from None
             else:
                 raise EngineDied(f"engine {self.url} ended with code {code}\n{self.log_tail()}")
-        self._end_reservation()
+        self._end_reservations()
 
-    def _end_reservation(self) -> None:
-        if self._reservation is not None:
-            self._reservation.close()
-            self._reservation = None
+    def _reserve(self, port: int | None) -> int:
+        try:
+            self._reservations.append(reserve_port(self._host, port))
+        except OSError as error:
+            raise ValueError(
+                f"engine.port: {self._host}:{port} is taken ({error.strerror}); choose another, or null for any"
+            ) from error
+        return port_of(self._reservations[-1])
+
+    def _end_reservations(self) -> None:
+        while self._reservations:
+            self._reservations.pop().close()
 
     def stop(self) -> None:
         """End the server and everything it started; nothing is left when this returns. Safe to call twice."""
@@ -158,7 +168,7 @@ class EngineServer:
         for path in shared_files:
             path.unlink(missing_ok=True)
         self._scratch.cleanup()
-        self._end_reservation()
+        self._end_reservations()
         self._process = None
 
     def log_tail(self) -> str:
@@ -228,24 +238,6 @@ def _command_line(arguments: Mapping[str, Any]) -> list[str]:
         elif value is not True:
             words.append(str(value))
     return words
-
-
-def _reserve_port(host: str, port: int | None) -> socket.socket:
-    """Bind ``port``, or a free one, and do not listen.
-
-    The server binds seconds later. Until then the kernel gives the port to no connection and to nobody who
-    asks for a free one; a server that names it may bind too, since neither socket of the two listens yet.
-    """
-    reservation = socket.socket()
-    reservation.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        reservation.bind((host, port or 0))
-    except OSError as error:
-        reservation.close()
-        raise ValueError(
-            f"engine.port: {host}:{port} is taken ({error.strerror}); choose another, or null for any"
-        ) from error
-    return reservation
 
 
 def _detect_device() -> Literal["cpu", "cuda"]:

@@ -16,6 +16,7 @@ import numpy as np
 
 from megatron_ztrl.config.schema import Config
 from megatron_ztrl.data.packing import PackedBatch
+from megatron_ztrl.engines.ports import port_of, reserve_port
 from megatron_ztrl.engines.weight_group import WeightGroup
 from megatron_ztrl.runtime.cluster import cluster_gpus, node_address
 from megatron_ztrl.types import TensorSlice
@@ -30,13 +31,13 @@ class RankProcess:
     def __init__(self) -> None:
         os.environ["OMP_NUM_THREADS"] = "1"  # read when torch is imported, which nothing has done yet
         self._rank: Any = None
+        self._reservation: socket.socket | None = None
 
     def rendezvous(self) -> str:
         """An address on this node where the ranks can meet."""
         address = node_address()
-        with socket.socket() as probe:
-            probe.bind((address, 0))
-            return f"tcp://{address}:{probe.getsockname()[1]}"
+        self._reservation = reserve_port(address)
+        return f"tcp://{address}:{port_of(self._reservation)}"
 
     def build(
         self, role: Role, config: Config, rank: int, world_size: int, init_method: str
@@ -52,6 +53,9 @@ class RankProcess:
 
         kinds = {"actor": ActorRank, "critic": CriticRank, "reference": PolicyRank}
         self._rank = kinds[role](config, rank, world_size, init_method)
+        if self._reservation is not None:
+            self._reservation.close()  # the ranks have met, so the port is listened on
+            self._reservation = None
         self._sender = WeightSender(self._rank.parameter, rank)
         return self._rank.dp_rank, self._rank.is_output_rank
 
