@@ -15,6 +15,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megatron_ztrl.trainer.backend import block_spec, device
+from megatron_ztrl.trainer.logprobs import linear_logprobs
 from megatron_ztrl.weights.hf_mapping import Architecture, Backend
 
 
@@ -26,7 +27,12 @@ class _SelectiveModel(GPTModel):
     """
 
     def forward(
-        self, input_ids: Tensor, position_ids: Tensor, packed_seq_params: PackedSeqParams, selected_N: Tensor
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        packed_seq_params: PackedSeqParams,
+        selected_N: Tensor,
+        **head_inputs: Any,
     ) -> Tensor:
         """One packed microbatch.
 
@@ -35,6 +41,7 @@ class _SelectiveModel(GPTModel):
             position_ids: [1, T]
             packed_seq_params: Where the sequences lie.
             selected_N: [N] Positions whose next token is trained.
+            **head_inputs: Keyword arguments of ``head``.
 
         Returns:
             What ``head`` returns on the last pipeline stage, [T, 1, H] hidden states before it.
@@ -44,40 +51,52 @@ class _SelectiveModel(GPTModel):
             position_ids,
             attention_mask=None,
             packed_seq_params=packed_seq_params,
-            loss_mask=selected_N,
+            loss_mask=(selected_N, head_inputs),  # the argument that reaches _postprocess untouched
         )
 
-    def _postprocess(self, hidden_states: Tensor, *, loss_mask: Tensor, **_: Any) -> Tensor:
+    def _postprocess(
+        self, hidden_states: Tensor, *, loss_mask: tuple[Tensor, dict[str, Any]], **_: Any
+    ) -> Tensor:
         if not self.post_process:
             return hidden_states
+        selected_N, head_inputs = loss_mask
         if self.config.sequence_parallel:
             # All tensor-parallel ranks get the whole gradient of these rows, so here it is only split again:
-            # the language head's own backward sums it, and the value head computes it alike on each.
+            # linear_logprobs' backward sums it, and the value head computes it alike on each.
             hidden_states = gather_from_sequence_parallel_region(
                 hidden_states, tensor_parallel_output_grad=False
             )
-        return self.head(hidden_states.index_select(0, loss_mask))
+        return self.head(hidden_states[:, 0].index_select(0, selected_N), **head_inputs)
 
-    def head(self, hidden_N1H: Tensor) -> Tensor:
+    def head(self, hidden_NH: Tensor, **inputs: Any) -> Tensor:
         """The output at the selected positions."""
         raise NotImplementedError
 
 
 class PolicyModel(_SelectiveModel):
-    """Language-model head: [N, V] logits."""
+    """Language-model head: [2, N] log-probs of given tokens, and entropies (detached)."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        if self.post_process:
-            # Under sequence parallelism rows are gathered before the selection, so not again by the layer.
-            self.output_layer.sequence_parallel = False
-
-    def head(self, hidden_N1H: Tensor) -> Tensor:
-        weight = (
-            self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
+    def head(  # type: ignore[override]
+        self, hidden_NH: Tensor, *, targets_N: Tensor, vocab_size: int, temperature: float
+    ) -> Tensor:
+        """See ``linear_logprobs`` for the arguments."""
+        # The output layer only holds the weight: its forward pass would make all logits at once. Its forward
+        # hook, in which DDP waits for an overlapped gather, is not missed: MegatronRank gathers after each step.
+        weight_VH = (
+            self.shared_embedding_or_output_weight()
+            if self.share_embeddings_and_output_weights
+            else self.output_layer.weight
         )
-        logits, _bias = self.output_layer(hidden_N1H, weight=weight)
-        return logits[:, 0]
+        return torch.stack(
+            linear_logprobs(
+                hidden_NH,
+                weight_VH,
+                targets_N,
+                vocab_size=vocab_size,
+                temperature=temperature,
+                group=self.pg_collection.tp,
+            )
+        )
 
 
 class ValueModel(_SelectiveModel):
@@ -92,8 +111,8 @@ class ValueModel(_SelectiveModel):
             torch.nn.init.zeros_(self.output_layer.weight)
             torch.nn.init.zeros_(self.output_layer.bias)
 
-    def head(self, hidden_N1H: Tensor) -> Tensor:
-        return self.output_layer(hidden_N1H)[:, 0, 0]
+    def head(self, hidden_NH: Tensor) -> Tensor:  # type: ignore[override]
+        return self.output_layer(hidden_NH)[:, 0]
 
 
 def build_chunks(

@@ -19,7 +19,6 @@ from torch import Tensor
 from megatron_ztrl.algorithms.losses import kl_penalty, ppo_clip_loss
 from megatron_ztrl.data.packing import Microbatch
 from megatron_ztrl.trainer.cpu_compat.attention import BlockedSeqParams, plan_blocks
-from megatron_ztrl.trainer.logprobs import vocab_parallel_logprobs
 from megatron_ztrl.weights.hf_mapping import Backend
 
 
@@ -85,21 +84,19 @@ class DeviceMicrobatch:
             packed_seq_params=params,
         )
 
-    def outputs(self, model: Any) -> Tensor:
+    def outputs(self, model: Any, **head_inputs: Any) -> Tensor:
         """What the model's head says of the selected positions; hidden states before the last stage."""
         return model(
             input_ids=self.input_ids,
             position_ids=self.position_ids,
             packed_seq_params=self.packed_seq_params,
             selected_N=self.selected_N,
+            **head_inputs,
         )
 
-    def logprobs(self, logits_NV: Tensor, vocab_size: int, temperature: float) -> tuple[Tensor, Tensor]:
-        """[N] log-probs of the targets, and [N] entropies."""
-        if temperature != 1.0:
-            logits_NV = logits_NV / temperature
-        group = parallel_state.get_tensor_model_parallel_group()
-        return vocab_parallel_logprobs(logits_NV, self.targets_N, vocab_size, group)
+    def logprobs(self, model: Any, vocab_size: int, temperature: float) -> Tensor:
+        """[2, N] log-probs of the targets, and entropies; hidden states before the last stage."""
+        return self.outputs(model, targets_N=self.targets_N, vocab_size=vocab_size, temperature=temperature)
 
 
 @torch.no_grad()
@@ -117,13 +114,13 @@ def forward_logprobs(
     ) -> tuple[Tensor, Callable[..., Tensor]]:
         mb = next(iterator)
 
-        def scatter(logits_NV: Tensor, non_loss_data: bool) -> Tensor:
-            logp_N, _ = mb.logprobs(logits_NV, vocab_size, temperature)
+        def scatter(logp_and_entropy_2N: Tensor, non_loss_data: bool) -> Tensor:
+            logp_N, _ = logp_and_entropy_2N
             return torch.zeros(mb.input_ids.shape[1], device=logp_N.device).index_copy_(
                 0, mb.selected_N, logp_N
             )
 
-        return mb.outputs(model), scatter
+        return mb.logprobs(model, vocab_size, temperature), scatter
 
     return run_schedule(forward_step, models, microbatches, forward_only=True, collect_non_loss_data=True)
 
@@ -144,8 +141,8 @@ def accumulate_gradients(
     def forward_step(iterator: Iterator[DeviceMicrobatch], model: Any) -> tuple[Tensor, Callable[..., Any]]:
         mb = next(iterator)
 
-        def loss(logits_NV: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-            logp_N, entropy_N = mb.logprobs(logits_NV, settings.vocab_size, settings.temperature)
+        def loss(logp_and_entropy_2N: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            logp_N, entropy_N = logp_and_entropy_2N
             policy = ppo_clip_loss(
                 logp_N,
                 mb.per_token_N["old_logprobs"],
@@ -155,14 +152,14 @@ def accumulate_gradients(
                 clip_high=settings.clip_high,
             )
             loss_sum = policy.loss_sum
-            sums = [entropy_N.sum(), policy.clipped_sum, policy.kl_sum, policy.ratio_sum]
+            sums = [entropy_N.detach().sum(), policy.clipped_sum, policy.kl_sum, policy.ratio_sum]
             if settings.kl_coefficient:
                 kl_sum = kl_penalty(logp_N, mb.per_token_N["reference_logprobs"])
                 loss_sum = loss_sum + settings.kl_coefficient * kl_sum
                 sums.append(kl_sum.detach())
             return scaled_loss(loss_sum, trained_tokens, sums)
 
-        return mb.outputs(model), loss
+        return mb.logprobs(model, settings.vocab_size, settings.temperature), loss
 
     return global_means(run_schedule(forward_step, models, microbatches, forward_only=False), trained_tokens)
 
