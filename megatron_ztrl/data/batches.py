@@ -19,6 +19,7 @@ from megatron_ztrl.data.packing import (
     with_per_token,
 )
 from megatron_ztrl.data.samples import build_samples
+from megatron_ztrl.observability import names
 from megatron_ztrl.types import RolloutGroup, TrainingSample
 
 PerToken = Sequence[Sequence[np.ndarray]]
@@ -186,7 +187,9 @@ def _value_statistics(values: Sequence[np.ndarray], returns: Sequence[np.ndarray
     value_N, return_N = np.concatenate(values).astype(np.float64), np.concatenate(returns).astype(np.float64)
     spread = float(return_N.var())
     return {
-        "critic/value": float(value_N.mean()),
-        "critic/return": float(return_N.mean()),
-        "critic/explained_variance": 1.0 - float((return_N - value_N).var()) / spread if spread > 0 else 0.0,
+        names.CRITIC_VALUE: float(value_N.mean()),
+        names.CRITIC_RETURN: float(return_N.mean()),
+        names.CRITIC_EXPLAINED_VARIANCE: 1.0 - float((return_N - value_N).var()) / spread
+        if spread > 0
+        else 0.0,
     }

@@ -6,64 +6,9 @@ import os
 import shutil
 import signal
 import socket
-import subprocess
-import sys
-import time
-from pathlib import Path
 
-import psutil
 import pytest
-
-REPOSITORY = Path(__file__).parents[2]
-QUICKSTART = REPOSITORY / "examples" / "quickstart" / "config.yaml"
-SMALL = (
-    "data.eval.0.limit=16",
-    "rollout.groups_per_step=4",
-    "rollout.group_size=4",
-    "eval.interval_steps=100",
-    "eval.env_iterations=[2]",
-    "eval.interval_env_iterations=[]",
-    "logging.tensorboard=false",
-)
-GREEDY = ("eval.temperature=0",)
-
-
-def ztrl(*arguments, **kwargs):
-    return subprocess.Popen(
-        [sys.executable, "-m", "megatron_ztrl.cli", *arguments],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        **kwargs,
-    )
-
-
-def rows(directory, split):
-    lines = (directory / "metrics.jsonl").read_text().splitlines()
-    return [row for row in map(json.loads, lines) if row["split"] == split]
-
-
-def assert_nothing_left(marker):
-    """No process mentions the run, and none of Ray's or the servers' processes is an orphan of it."""
-    deadline = time.monotonic() + 10
-    while True:
-        left = [
-            process.info["cmdline"]
-            for process in psutil.process_iter(["cmdline", "environ"])
-            if marker in (process.info["environ"] or {}).get("ZTRL_TEST_MARKER", "")
-        ]
-        if not left or time.monotonic() > deadline:
-            assert left == []
-            return
-        time.sleep(0.2)
-
-
-@pytest.fixture
-def marker(tmp_path, monkeypatch):
-    """Inherited by every process of the run, so that a left-over one can be told."""
-    monkeypatch.setenv("ZTRL_TEST_MARKER", str(tmp_path))
-    return str(tmp_path)
+from running import GREEDY, QUICKSTART, SMALL, assert_nothing_left, rows, ztrl
 
 
 def test_a_synchronous_run_trains_on_policy_publishes_and_exports(tmp_path, marker):

@@ -1,0 +1,54 @@
+"""Starts runs of the quickstart as a user would, and looks at what they left."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+
+REPOSITORY = Path(__file__).parents[2]
+QUICKSTART = REPOSITORY / "examples" / "quickstart" / "config.yaml"
+SMALL = (
+    "data.eval.0.limit=16",
+    "rollout.groups_per_step=4",
+    "rollout.group_size=4",
+    "eval.interval_steps=100",
+    "eval.env_iterations=[2]",
+    "eval.interval_env_iterations=[]",
+    "logging.tensorboard=false",
+)
+GREEDY = ("eval.temperature=0",)
+
+
+def ztrl(*arguments, **kwargs):
+    return subprocess.Popen(
+        [sys.executable, "-m", "megatron_ztrl.cli", *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        **kwargs,
+    )
+
+
+def rows(directory, split):
+    lines = (directory / "metrics.jsonl").read_text().splitlines()
+    return [row for row in map(json.loads, lines) if row["split"] == split]
+
+
+def assert_nothing_left(marker):
+    """No process mentions the run, and none of Ray's or the servers' processes is an orphan of it."""
+    deadline = time.monotonic() + 10
+    while True:
+        left = [
+            process.info["cmdline"]
+            for process in psutil.process_iter(["cmdline", "environ"])
+            if marker in (process.info["environ"] or {}).get("ZTRL_TEST_MARKER", "")
+        ]
+        if not left or time.monotonic() > deadline:
+            assert left == []
+            return
+        time.sleep(0.2)
