@@ -31,7 +31,7 @@ import tempfile
 from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, median
 from typing import Any
 
 from rich.console import Console
@@ -77,41 +77,67 @@ class Measurement:
     """Of the packages that do the work; TRL only."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Round:
+    """All sides, measured within a few minutes."""
+
+    theirs: list[Measurement]
+    ours: list[Measurement]
+
+    @property
+    def best_of_trl(self) -> float | None:
+        return max((side.tokens_per_second for side in self.theirs), default=None)
+
+
 def main() -> int:
     options = _parse()
     console = Console()
     with tempfile.TemporaryDirectory(prefix="ztrl-trl-") as scratch:
         overrides, config = _setting(options, Path(scratch))
-        theirs = []
-        if options.trl_python.exists():
-            for threads in options.trl_threads:
-                console.rule(f"TRL, OMP_NUM_THREADS={threads}")
-                theirs.append(measure_trl(options, config, threads, Path(scratch) / f"trl{threads}"))
-        ours = []
-        for env_iterations in (0, config.rollout.env_iterations):
-            console.rule(f"megatron_ztrl, N = {env_iterations}")
-            directory = Path(scratch) / f"ours{env_iterations}"
-            code = ztrl(
-                [
-                    "train",
-                    str(CONFIG),
-                    *overrides,
-                    f"run.directory={directory}",
-                    f"rollout.env_iterations={env_iterations}",
-                ]
-            )
-            if code != 0:
-                return code
-            ours.append(measured_run(directory, env_iterations, options.warm_up))
-    print_table(console, theirs, ours)
-    if not theirs:
+        rounds = [
+            measure_round(options, overrides, config, Path(scratch) / str(n)) for n in range(options.rounds)
+        ]
+    for number, sides in enumerate(rounds, start=1):
+        print_table(console, f"round {number} of {len(rounds)}", sides)
+    if len(rounds) > 1:
+        print_ratios(console, rounds)
+    if not options.trl_python.exists():
         console.print(
             f"TRL was not measured, there is no {options.trl_python}: {HOW_TO_INSTALL_TRL}", soft_wrap=True
         )
     if options.json:
-        figures = {"setting": overrides, "trl": [*map(asdict, theirs)], "megatron_ztrl": [*map(asdict, ours)]}
+        figures = {
+            "setting": overrides,
+            "rounds": [
+                {"trl": [*map(asdict, sides.theirs)], "megatron_ztrl": [*map(asdict, sides.ours)]}
+                for sides in rounds
+            ],
+        }
         options.json.write_text(json.dumps(figures, indent=2) + "\n")
     return 0
+
+
+def measure_round(options: argparse.Namespace, overrides: list[str], config: Config, scratch: Path) -> Round:
+    """Every side once, one after the other.
+
+    Raises:
+        SystemExit: A run of ours failed; its error has been printed.
+    """
+    scratch.mkdir()
+    console = Console()
+    theirs, ours = [], []
+    if options.trl_python.exists():
+        for threads in options.trl_threads:
+            console.rule(f"TRL, OMP_NUM_THREADS={threads}")
+            theirs.append(measure_trl(options, config, threads, scratch / f"trl{threads}"))
+    for env_iterations in options.env_iterations:
+        console.rule(f"megatron_ztrl, N = {env_iterations}")
+        directory = scratch / f"ours{env_iterations}"
+        run = [f"run.directory={directory}", f"rollout.env_iterations={env_iterations}"]
+        if code := ztrl(["train", str(CONFIG), *overrides, *run]):
+            raise SystemExit(code)
+        ours.append(measured_run(directory, env_iterations, options.warm_up))
+    return Round(theirs=theirs, ours=ours)
 
 
 def _parse() -> argparse.Namespace:
@@ -126,6 +152,10 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--natural-lengths", action="store_true", help="let the policy end its completions")
     parser.add_argument("--trl-python", type=Path, default=ROOT / ".venv-trl" / "bin" / "python")
     parser.add_argument("--trl-threads", type=int, nargs="+", default=[1, 2])
+    parser.add_argument(
+        "--env-iterations", type=int, nargs="+", default=[0, 2], help="of our side; 0 is TRL's task"
+    )
+    parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--json", type=Path, help="write the figures here")
     parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="configuration of our side")
     options = parser.parse_args()
@@ -252,27 +282,39 @@ def measured_run(directory: Path, env_iterations: int, warm_up: int) -> Measurem
     )
 
 
-def print_table(console: Console, theirs: list[Measurement], ours: list[Measurement]) -> None:
-    best = max((side.tokens_per_second for side in theirs), default=None)
-    table = Table("side", title="completion tokens per second of the whole loop")
+def print_table(console: Console, title: str, sides: Round) -> None:
+    table = Table("side", title=f"completion tokens per second of the whole loop, {title}")
     for column in ("steps", "tokens/step", "s/step", "tokens/s", "of TRL's best"):
         table.add_column(column, justify="right")
-    for side in (*theirs, *ours):
+    for side in (*sides.theirs, *sides.ours):
         table.add_row(
             side.side,
             str(side.steps),
             f"{side.completion_tokens_per_step:,.0f}",
             f"{side.step_seconds:.2f}",
             f"{side.tokens_per_second:,.0f}",
-            "" if best is None else f"{side.tokens_per_second / best:.2f}x",
+            "" if sides.best_of_trl is None else f"{side.tokens_per_second / sides.best_of_trl:.2f}x",
         )
     console.print(table)
-    for side in ours:
+    for side in sides.ours:
         shares = ", ".join(
             f"{phase.removeprefix('time/').removesuffix('_seconds')} {share:.0%}"
             for phase, share in side.phase_shares.items()
         )
         console.print(f"{side.side}: {shares}")
+
+
+def print_ratios(console: Console, rounds: list[Round]) -> None:
+    """Ours over TRL's best of the same round."""
+    for place, side in enumerate(rounds[0].ours):
+        ratios = [
+            sides.ours[place].tokens_per_second / sides.best_of_trl for sides in rounds if sides.best_of_trl
+        ]
+        if ratios:
+            spread = f"{min(ratios):.2f}-{max(ratios):.2f}"
+            console.print(
+                f"{side.side}: {median(ratios):.2f}x of TRL's best, median of {len(ratios)} rounds ({spread})"
+            )
 
 
 if __name__ == "__main__":
