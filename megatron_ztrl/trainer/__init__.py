@@ -1,4 +1,4 @@
-"""Megatron-core behind one class, ``actor.ActorRank``: log-probs, optimizer steps, checkpoints, HF export.
+"""Megatron-core behind ``actor.ActorRank`` and ``critic.CriticRank``: passes, optimizer steps, checkpoints, export.
 
 ``topology`` checks a configuration without Megatron; every other module imports it. May import
 ``weights``, ``algorithms``, ``data.packing``, ``config`` and ``types``.
