@@ -78,24 +78,11 @@ async def serve(
     linux.prctl(linux.PR_SET_DUMPABLE, 0)
     loop = asyncio.get_running_loop()
     parent = os.pidfd_open(os.getppid()) if exit_with_parent else None
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    listener = socket.create_server((host, port), family=family, backlog=4096)
-    # Answers go out in two parts; without this (accepted sockets inherit it) each waits 40 ms for an ACK.
-    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    listener = _listen(host, port)
     pool = WorkerPool(config)
     metrics = Metrics(pool)
     sessions = SessionTable(pool, session_config, metrics)
     await pool.start()
-
-    def announce() -> None:
-        bound_host, bound_port = listener.getsockname()[:2]
-        url = (
-            f"http://[{bound_host}]:{bound_port}"
-            if ":" in bound_host
-            else f"http://{bound_host}:{bound_port}"
-        )
-        line = {"event": "ready", "url": url, "port": bound_port, "pid": os.getpid()}
-        print(json.dumps(line), flush=True)
 
     uvicorn_config = uvicorn.Config(
         create_app(pool, sessions, metrics, token),
@@ -110,7 +97,7 @@ async def serve(
         sessions.stop()
         await pool.stop()
 
-    server = _Server(uvicorn_config, announce, stop_workers)
+    server = _Server(uvicorn_config, lambda: _announce(listener), stop_workers)
 
     def stop() -> None:
         server.should_exit = True
@@ -120,3 +107,17 @@ async def serve(
     if parent is not None:
         loop.add_reader(parent, stop)
     await server.serve(sockets=[listener])
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.create_server((host, port), family=family, backlog=4096)
+    # Answers go out in two parts; without this (accepted sockets inherit it) each waits 40 ms for an ACK.
+    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return listener
+
+
+def _announce(listener: socket.socket) -> None:
+    host, port = listener.getsockname()[:2]
+    url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+    print(json.dumps({"event": "ready", "url": url, "port": port, "pid": os.getpid()}), flush=True)
