@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from megatron_ztrl.types import TensorSlice
-from megatron_ztrl.weights.hf_checkpoint import HFCheckpointWriter
+from megatron_ztrl.weights.hf_checkpoint import HFCheckpointWriter, head_config
 from megatron_ztrl.weights.hf_mapping import (
     Architecture,
     Backend,
@@ -52,9 +51,9 @@ def export_hf(
         parameters: this rank's parameters by ``TensorSlice.param``.
     """
     rank = dist.get_rank()
-    writer = HFCheckpointWriter(directory) if rank == 0 else None
     shapes = hf_tensor_shapes(architecture)
     some = next(iter(parameters.values()))
+    writer = HFCheckpointWriter(directory, shapes, some.dtype) if rank == 0 else None
     for name, pieces in owners(architecture, layout, backend).items():
         whole = torch.empty(shapes[name], dtype=some.dtype) if writer else None
         for owner, piece in pieces:
@@ -71,16 +70,5 @@ def export_hf(
         if writer and whole is not None:
             writer.add(name, whole)
     if writer:
-        writer.close(source, dtype=str(some.dtype).removeprefix("torch."), **_head_config(architecture))
+        writer.close(source, **head_config(architecture))
     dist.barrier()
-
-
-def _head_config(architecture: Architecture) -> dict[str, Any]:
-    """What config.json must say for `transformers` to build the right head."""
-    if architecture.head == "language":
-        return {}
-    return {
-        "architectures": [f"{architecture.family}ForTokenClassification"],
-        "id2label": {"0": "value"},
-        "label2id": {"value": 0},
-    }

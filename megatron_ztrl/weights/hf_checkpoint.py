@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from megatron_ztrl.types import TensorSlice
+from megatron_ztrl.weights.hf_mapping import Architecture
+from megatron_ztrl.weights.safetensors_file import SafetensorsFile, SafetensorsWriter
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 MAX_FILE_BYTES = 4 << 30
-NOT_COPIED = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack"}
+NOT_COPIED = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".distcp"}
 """Suffixes of weight files: an export copies every other top-level file of its source."""
 
 
@@ -26,39 +27,75 @@ class HFCheckpointReader:
 
     Args:
         directory: holds ``model.safetensors``, or shards and their index.
+        setting: what errors begin with: where the user wrote ``directory``.
 
     Raises:
         ValueError: there are no safetensors in ``directory``, or they are damaged.
     """
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, *, setting: str = "model.path") -> None:
         self._directory = directory
-        if (directory / INDEX_NAME).is_file():
-            self._files: dict[str, str] = json.loads((directory / INDEX_NAME).read_text())["weight_map"]
-        elif (directory / SINGLE_NAME).is_file():
+        self._setting = setting
+        self._files: dict[str, SafetensorsFile] = {}
+        """By tensor."""
+        for path, names in self._paths().items():
             try:
-                with safe_open(directory / SINGLE_NAME, framework="pt") as file:
-                    self._files = dict.fromkeys(file.keys(), SINGLE_NAME)
-            except SafetensorError as error:
-                raise ValueError(f"model.path: {directory / SINGLE_NAME} is damaged: {error}") from error
-        else:
-            raise ValueError(f"model.path: {directory} has neither {SINGLE_NAME} nor {INDEX_NAME}")
-        self._open: dict[str, Any] = {}
+                file = SafetensorsFile(path)
+            except ValueError as error:
+                raise ValueError(f"{setting}: {error}") from error
+            missing = sorted(names - file.shapes.keys())
+            if missing:
+                raise ValueError(f"{setting}: {path} has no tensor {missing[0]}, where {INDEX_NAME} has it")
+            self._files.update(dict.fromkeys(names or file.shapes, file))
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Of every tensor."""
+        return {name: file.shapes[name] for name, file in self._files.items()}
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Of one tensor.
+
+        Raises:
+            ValueError: it is not a dtype of weights.
+        """
+        try:
+            return self._files[name].dtype(name)
+        except ValueError as error:
+            raise ValueError(f"{self._setting}: {error}") from error
 
     def read(self, piece: TensorSlice) -> torch.Tensor:
         """The block of the HF tensor that ``piece`` names, on the CPU, in the checkpoint's dtype.
 
         Raises:
-            ValueError: the checkpoint has no such tensor.
+            ValueError: the checkpoint has no such tensor, or one of another shape.
         """
         if piece.tensor not in self._files:
-            raise ValueError(f"model.path: {self._directory} has no tensor {piece.tensor}")
-        name = self._files[piece.tensor]
-        if name not in self._open:
-            self._open[name] = safe_open(self._directory / name, framework="pt")
-        tensor = self._open[name].get_slice(piece.tensor)
-        end = piece.tensor_start + piece.length
-        return tensor[piece.tensor_start : end] if piece.dim == 0 else tensor[:, piece.tensor_start : end]
+            raise ValueError(f"{self._setting}: {self._directory} has no tensor {piece.tensor}")
+        file = self._files[piece.tensor]
+        shape = file.shapes[piece.tensor]
+        if piece.dim >= len(shape) or piece.tensor_start + piece.length > shape[piece.dim]:
+            raise ValueError(
+                f"{self._setting}: {piece.tensor} has shape {shape} where config.json implies at least"
+                f" {piece.tensor_start + piece.length} in dimension {piece.dim}"
+            )
+        return file.read(piece.tensor, piece.dim, piece.tensor_start, piece.length)
+
+    def _paths(self) -> dict[Path, set[str]]:
+        """Every file, and the tensors that the index wants in it; no tensors where there is no index."""
+        index = self._directory / INDEX_NAME
+        if index.is_file():
+            try:
+                weight_map = json.loads(index.read_text())["weight_map"]
+            except (json.JSONDecodeError, KeyError) as error:
+                raise ValueError(f"{self._setting}: {index} is damaged: {error!r}") from error
+            paths: dict[Path, set[str]] = {}
+            for name, file in weight_map.items():
+                paths.setdefault(self._directory / file, set()).add(name)
+            return paths
+        if (self._directory / SINGLE_NAME).is_file():
+            return {self._directory / SINGLE_NAME: set()}
+        raise ValueError(f"{self._setting}: {self._directory} has neither {SINGLE_NAME} nor {INDEX_NAME}")
 
 
 @torch.no_grad()
@@ -89,46 +126,96 @@ def load_slices(
 
 
 class HFCheckpointWriter:
-    """Writes tensors one after the other into safetensors files of at most ``MAX_FILE_BYTES``."""
+    """Writes tensors one after the other into safetensors files of at most ``MAX_FILE_BYTES``.
 
-    def __init__(self, directory: Path) -> None:
+    It keeps nothing in memory: which tensor goes where is settled beforehand.
+
+    Args:
+        directory: made if missing.
+        shapes: of all tensors, in the order in which they will be added.
+        dtype: of all tensors.
+    """
+
+    def __init__(self, directory: Path, shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype) -> None:
         directory.mkdir(parents=True, exist_ok=True)
         self._directory = directory
-        self._pending: dict[str, torch.Tensor] = {}
-        self._pending_bytes = 0
-        self._total_bytes = 0
-        self._parts: list[tuple[Path, list[str]]] = []
+        self._dtype = dtype
+        self._files = _split_into_files(shapes, dtype)
+        self._first_of_file = {next(iter(tensors)): file for file, tensors in self._files.items()}
+        self._expected = iter(shapes.items())
+        self._name = ""
+        self._rows_left = 0
+        self._file: SafetensorsWriter | None = None
 
-    def add(self, name: str, tensor: torch.Tensor) -> None:
-        """Takes a whole CPU tensor, which must not change until :meth:`close`."""
-        if self._pending and self._pending_bytes + tensor.nbytes > MAX_FILE_BYTES:
-            self._flush()
-        self._pending[name] = tensor
-        self._pending_bytes += tensor.nbytes
-        self._total_bytes += tensor.nbytes
+    def add(self, name: str, block: torch.Tensor) -> None:
+        """Takes the next rows of a CPU tensor, or the whole of it."""
+        if self._rows_left == 0:
+            self._name, shape = next(self._expected)
+            self._rows_left = shape[0]
+            if self._name in self._first_of_file:
+                self._end_file()
+                file = self._first_of_file[self._name]
+                self._file = SafetensorsWriter(self._directory / file, self._files[file], self._dtype)
+        assert self._file is not None and name == self._name, f"{name} came where {self._name} was due"
+        assert block.dtype == self._dtype and block.shape[0] <= self._rows_left, (name, block.shape)
+        self._file.append(block)
+        self._rows_left -= block.shape[0]
 
-    def close(self, source: Path, *, dtype: str, **config_changes: Any) -> None:
-        """Writes what is left, and copies config.json, changed, and the tokenizer files from ``source``."""
-        self._flush()
-        if len(self._parts) == 1:
-            self._parts[0][0].replace(self._directory / SINGLE_NAME)
-        else:
-            weight_map = {}
-            for number, (path, names) in enumerate(self._parts, start=1):
-                final = f"model-{number:05d}-of-{len(self._parts):05d}.safetensors"
-                path.replace(self._directory / final)
-                weight_map.update(dict.fromkeys(names, final))
-            index = {"metadata": {"total_size": self._total_bytes}, "weight_map": weight_map}
+    def close(self, source: Path, **config_changes: Any) -> None:
+        """Ends the last file; copies config.json, changed, and the tokenizer files from ``source``."""
+        self._end_file()
+        assert self._rows_left == 0 and next(self._expected, None) is None, f"{self._name} is not the last"
+        if len(self._files) > 1:
+            weight_map = {name: file for file, tensors in self._files.items() for name in tensors}
+            total = sum(
+                _bytes(shape, self._dtype) for file in self._files.values() for shape in file.values()
+            )
+            index = {"metadata": {"total_size": total}, "weight_map": weight_map}
             (self._directory / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n")
-        for path in source.iterdir():
-            if path.is_file() and path.suffix not in NOT_COPIED and path.name != INDEX_NAME:
-                shutil.copyfile(path, self._directory / path.name)
+        copy_all_but_weights(source, self._directory)
         config = json.loads((source / "config.json").read_text())
-        config["dtype" if "dtype" in config else "torch_dtype"] = dtype
+        config["dtype" if "dtype" in config else "torch_dtype"] = str(self._dtype).removeprefix("torch.")
         (self._directory / "config.json").write_text(json.dumps(config | config_changes, indent=2) + "\n")
 
-    def _flush(self) -> None:
-        path = self._directory / f"part-{len(self._parts):05d}.safetensors.tmp"
-        save_file(self._pending, path, metadata={"format": "pt"})
-        self._parts.append((path, list(self._pending)))
-        self._pending, self._pending_bytes = {}, 0
+    def _end_file(self) -> None:
+        if self._file is not None:
+            self._file.close()
+
+
+def head_config(architecture: Architecture) -> dict[str, Any]:
+    """What config.json must say for `transformers` to build the right head."""
+    if architecture.head == "language":
+        return {}
+    return {
+        "architectures": [f"{architecture.family}ForTokenClassification"],
+        "id2label": {"0": "value"},
+        "label2id": {"value": 0},
+    }
+
+
+def copy_all_but_weights(source: Path, target: Path) -> None:
+    """Copies config.json, the tokenizer files, and whatever else lies beside the weights."""
+    for path in source.iterdir():
+        if path.is_file() and path.suffix not in NOT_COPIED and path.name not in (INDEX_NAME, ".metadata"):
+            shutil.copyfile(path, target / path.name)
+
+
+def _split_into_files(
+    shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype
+) -> dict[str, dict[str, tuple[int, ...]]]:
+    """The tensors of every file, in order."""
+    parts: list[dict[str, tuple[int, ...]]] = []
+    part_bytes = 0
+    for name, shape in shapes.items():
+        if not parts or part_bytes + _bytes(shape, dtype) > MAX_FILE_BYTES:
+            parts.append({})
+            part_bytes = 0
+        parts[-1][name] = shape
+        part_bytes += _bytes(shape, dtype)
+    if len(parts) == 1:
+        return {SINGLE_NAME: parts[0]}
+    return {f"model-{i:05d}-of-{len(parts):05d}.safetensors": part for i, part in enumerate(parts, start=1)}
+
+
+def _bytes(shape: tuple[int, ...], dtype: torch.dtype) -> int:
+    return math.prod(shape) * dtype.itemsize

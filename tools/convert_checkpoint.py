@@ -1,0 +1,154 @@
+#!/usr/bin/env python
+"""Hugging Face checkpoints to Megatron's distributed checkpoints and back, in any layout, on one CPU process.
+
+    python tools/convert_checkpoint.py hf-to-megatron HF_DIR OUT --tp 2 --pp 2
+    python tools/convert_checkpoint.py megatron-to-hf runs/demo/checkpoints/step_000200/actor OUT
+
+It streams: memory holds about one shard. docs/checkpoints.md says what is checked. Exit codes: 0 done, 1 the result
+was not what was read (a bug or a bad disk), 2 the input does not fit, 130 interrupted. OUT is complete or absent.
+"""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import sys
+import time
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
+from rich.table import Table
+from rich.text import Text
+
+from megatron_ztrl.weights.convert import Conversion, hf_to_megatron, megatron_to_hf
+from megatron_ztrl.weights.describe import Field, shown
+from megatron_ztrl.weights.hf_mapping import ParallelLayout
+
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs the program; returns its exit code."""
+    options = _parser().parse_args(arguments)
+    console = Console(stderr=True)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # what was written so far goes either way
+    try:
+        _run(options, console)
+    except (ValueError, OSError) as error:
+        _fail(console, str(error))
+        return 2
+    except RuntimeError as error:
+        _fail(console, str(error))
+        return 1
+    except KeyboardInterrupt:
+        _fail(console, f"interrupted; {options.target} was not made")
+        return 130
+    return 0
+
+
+def _run(options: argparse.Namespace, console: Console) -> None:
+    if options.target.exists():
+        raise ValueError(f"{options.target} exists already; remove it, or choose another output")
+    dtype = DTYPES[options.dtype] if options.dtype else None
+    if options.direction == "hf-to-megatron":
+        layout = ParallelLayout(tensor_size=options.tp, pipeline_size=options.pp, virtual_size=options.vp)
+        conversion = hf_to_megatron(options.source, layout, dtype, lambda fields: _show(console, fields))
+    else:
+        conversion = megatron_to_hf(
+            options.source, options.like, dtype, lambda fields: _show(console, fields)
+        )
+    started_seconds = time.monotonic()
+    _convert(conversion, options.target, options.verify, console)
+    seconds = time.monotonic() - started_seconds
+    done = "converted and verified" if options.verify else "converted"
+    size = f"{conversion.weight_bytes / 1e9:.2f} GB of {str(conversion.dtype).removeprefix('torch.')}"
+    rate = conversion.weight_bytes / seconds / 1e6
+    console.print(f"{done} {size} in {seconds:.1f} s ({rate:,.0f} MB/s): {options.target}", soft_wrap=True)
+
+
+def _convert(conversion: Conversion, target: Path, verify: bool, console: Console) -> None:
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console) as progress:
+        tasks: dict[str, TaskID] = {}
+
+        def advance(phase: str, count: int) -> None:
+            if phase not in tasks:
+                tasks[phase] = progress.add_task(phase, total=conversion.weight_bytes)
+            progress.advance(tasks[phase], count)
+
+        conversion.run(target, advance=advance, verify=verify)
+
+
+def _show(console: Console, fields: list[Field]) -> None:
+    sources = dict.fromkeys(source for field in fields for source in field.values)
+    table = Table("", *sources, box=None)
+    for field in fields:
+        cells = [shown(field.values[source]) if source in field.values else "" for source in sources]
+        table.add_row(field.name, *cells, style=None if field.agrees else "red")
+    console.print(table)
+
+
+def _fail(console: Console, message: str) -> None:
+    console.print(Text(f"error: {message}", style="red"), soft_wrap=True)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    directions = parser.add_subparsers(dest="direction", required=True, metavar="DIRECTION")
+    to_megatron = directions.add_parser("hf-to-megatron", help="for a tensor, pipeline and virtual size")
+    to_megatron.add_argument("source", type=Path, metavar="HF_DIR")
+    for name, what in (
+        ("--tp", "tensor parallel size"),
+        ("--pp", "pipeline parallel size"),
+        ("--vp", "model chunks per pipeline stage"),
+    ):
+        to_megatron.add_argument(name, type=_positive, default=1, metavar="N", help=f"{what} (1)")
+    to_hf = directions.add_parser("megatron-to-hf", help="from a run's checkpoint, or a converted one")
+    to_hf.add_argument(
+        "source", type=Path, metavar="CKPT", help="e.g. runs/demo/checkpoints/step_000200/actor"
+    )
+    to_hf.add_argument(
+        "--like",
+        type=Path,
+        metavar="HF_DIR",
+        help="where config.json and the tokenizer come from (default: what CKPT was made from)",
+    )
+    for direction in (to_megatron, to_hf):
+        direction.add_argument("target", type=Path, metavar="OUT", help="directory to make")
+        direction.add_argument("--dtype", choices=DTYPES, help="of the result (default: as it is)")
+        direction.add_argument(
+            "--verify",
+            action=argparse.BooleanOptionalAction,
+            default=True,
+            help="read the result again and compare it bitwise with the source",
+        )
+    return parser
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
+    return number
+
+
+if __name__ == "__main__":
+    sys.exit(main())
