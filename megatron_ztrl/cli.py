@@ -6,7 +6,7 @@ import argparse
 import dataclasses
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, NoReturn
@@ -24,6 +24,7 @@ examples:
   ztrl train config.yaml
   ztrl train config.yaml rollout.env_iterations=4 actor.learning_rate=1e-6 --resume
   ztrl eval config.yaml model.path=runs/demo/policy
+  ztrl plan config.yaml --model qwen2.5-32b --gpus 64 --png plan.png
   ztrl report runs/demo --control runs/demo-no-tool
   ztrl doctor
 """
@@ -58,6 +59,17 @@ def _evaluate(options: argparse.Namespace) -> int:
     from megatron_ztrl.evaluate import run_evaluation
 
     run_evaluation(config)
+    return 0
+
+
+def _plan(options: argparse.Namespace) -> int:
+    from megatron_ztrl.config.load import check_config
+    from megatron_ztrl.config.native import check_native
+
+    config = _load_checked(options.config, options.words, check_config, check_native)
+    from megatron_ztrl.trainer.planner.command import Options, run_plan
+
+    run_plan(config, Options(**{f.name: getattr(options, f.name) for f in dataclasses.fields(Options)}))
     return 0
 
 
@@ -103,7 +115,10 @@ def _parser() -> _Parser:
 
     train = add("train", _train, "Train a policy.")
     evaluate = add("eval", _evaluate, "Evaluate model.path on data.eval, for each N of eval.env_iterations.")
-    for subparser in (train, evaluate):
+    plan = add(
+        "plan", _plan, "Show what a configuration takes on GPUs, without any: memory, and time of a step."
+    )
+    for subparser in (train, evaluate, plan):
         subparser.add_argument("config", type=Path, metavar="CONFIG", help="YAML file of the run")
         subparser.add_argument(
             "words",
@@ -117,6 +132,7 @@ def _parser() -> _Parser:
         action="store_true",
         help="go on from the last checkpoint in run.directory, if there is one",
     )
+    _add_plan_options(plan)
     report = add("report", _report, "Write report.html, its figures and summary.json into a run directory.")
     report.add_argument("run_directory", type=Path, metavar="RUN_DIR", help="the run to report on")
     report.add_argument("words", nargs="*", default=[], metavar="RUN_DIR", help="more runs, drawn beside it")
@@ -129,6 +145,20 @@ def _parser() -> _Parser:
     doctor = add("doctor", _doctor, "Show what this machine can run, what is missing, and how to get it.")
     doctor.add_argument("--json", action="store_true", help="print JSON instead of a table")
     return parser
+
+
+def _add_plan_options(plan: argparse.ArgumentParser) -> None:
+    plan.add_argument("--model", help="a well-known shape in place of model.path, e.g. qwen2.5-7b")
+    plan.add_argument("--gpus", type=int, help="also search for the quickest layouts of so many GPUs")
+    plan.add_argument("--memory-gb", type=float, default=80.0, help="of one GPU, in 10^9 bytes (default 80)")
+    plan.add_argument(
+        "--prompt-tokens", type=float, help="mean; default: a quarter of data.max_prompt_tokens"
+    )
+    plan.add_argument(
+        "--response-tokens", type=float, help="mean; default: half of rollout.max_response_tokens"
+    )
+    plan.add_argument("--png", type=Path, metavar="FILE", help="draw it")
+    plan.add_argument("--json", type=Path, metavar="FILE", help="write its figures")
 
 
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:
@@ -144,20 +174,27 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
 
 def _load(path: Path, overrides: list[str]) -> Config:
     """The configuration after every check that needs no process, with a local ``model.path``."""
-    from megatron_ztrl.config.load import ConfigError, check_config, load_config
+    from megatron_ztrl.config.load import check_config
     from megatron_ztrl.config.native import check_native
     from megatron_ztrl.trainer.topology import check_topology, resolve_checkpoint
 
+    config = _load_checked(path, overrides, check_config, check_native, check_topology)
+    local = str(resolve_checkpoint(config.model.path))  # a hub id becomes the directory of its snapshot
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, path=local))
+
+
+def _load_checked(path: Path, overrides: list[str], *checks: Callable[[Config], None]) -> Config:
+    from megatron_ztrl.config.load import ConfigError, load_config
+
     config = load_config(path, overrides)
-    for check in (check_config, check_native, check_topology):
+    for check in checks:
         try:
             check(config)
         except ValueError as error:
             if not _is_for_the_user(error):
                 raise
             raise ConfigError("\n".join(f"{path}: {line}" for line in str(error).splitlines())) from error
-    local = str(resolve_checkpoint(config.model.path))  # a hub id becomes the directory of its snapshot
-    return dataclasses.replace(config, model=dataclasses.replace(config.model, path=local))
+    return config
 
 
 def _refuse_to_mix_runs(config: Config, resume: bool) -> None:

@@ -76,7 +76,7 @@ def check_topology(config: Config) -> None:
     policy = read_architecture(resolve_checkpoint(config.model.path))
     if policy.head != "language":
         raise ValueError(f"model.path: {config.model.path} is a critic, it has no language-model head")
-    _check_layout("actor", config.actor, policy)
+    check_layout("actor", config.actor, policy)
     if config.algorithm.advantage != "gae":
         return
     critic = read_architecture(critic_checkpoint(config))
@@ -85,10 +85,15 @@ def check_topology(config: Config) -> None:
             f"critic.path: a vocabulary of {critic.vocab_size} tokens, where the policy's has"
             f" {policy.vocab_size}: the critic must read the policy's tokens"
         )
-    _check_layout("critic", config.critic, critic)
+    check_layout("critic", config.critic, critic)
 
 
-def _check_layout(section: str, world: WorldConfig, architecture: Architecture) -> None:
+def check_layout(section: str, world: WorldConfig, architecture: Architecture) -> None:
+    """Checks that a model can be cut the way its section says.
+
+    Raises:
+        ValueError: one line with the config path and the fix.
+    """
     layout = parallel_layout(world)
     for what, size in (
         ("attention heads", architecture.num_heads),

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +15,15 @@ sys.path.insert(0, str(Path(__file__).parent))
 from launcher import launch
 from planner_ranks import PEAKS, STATES, measure
 
+from megatron_ztrl import cli
+from megatron_ztrl.config.schema import AlgorithmConfig, Config
 from megatron_ztrl.trainer.planner.activations import in_flight_microbatches, stage_activations
+from megatron_ztrl.trainer.planner.hardware import Hardware
+from megatron_ztrl.trainer.planner.layouts import least_gpus, suggest
 from megatron_ztrl.trainer.planner.models import PRESETS
-from megatron_ztrl.trainer.planner.states import world_states
+from megatron_ztrl.trainer.planner.plan import Subject, make_plan
+from megatron_ztrl.trainer.planner.states import exact_states
+from megatron_ztrl.trainer.planner.step_time import Workload
 from megatron_ztrl.weights.hf_mapping import Architecture, hf_tensor_shapes
 
 
@@ -26,7 +34,7 @@ def ranks() -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize(("model", "config"), STATES, ids=[case.name for case, _ in STATES])
 def test_states_are_those_of_real_ranks_to_the_byte(ranks: list, model: Any, config: Any) -> None:
-    planned = world_states(config, config.actor, model.architecture())
+    planned = exact_states(config, config.actor, model.architecture(), True)
     real = [rank["states"][model.name] for rank in ranks if model.name in rank["states"]]
     assert len(real) == model.tp * model.pp * config.actor.data_parallel_size
     for found in real:
@@ -65,20 +73,18 @@ def test_presets_have_as_many_parameters_as_their_checkpoints(name: str) -> None
 
 def test_a_frozen_world_holds_only_weights() -> None:
     case, config = STATES[0]
-    (stage,) = world_states(config, config.actor, case.architecture(), trainable=False)
+    (stage,) = exact_states(config, config.actor, case.architecture(), False)
     assert (stage.gradient_bytes, stage.optimizer_bytes) == (0, 0)
     assert stage.total_bytes == stage.weight_bytes == 2 * stage.parameters
 
 
 def test_an_option_with_unknown_states_is_refused() -> None:
-    from dataclasses import replace
-
     case, config = STATES[0]
     config = replace(
         config, megatron=replace(config.megatron, optimizer={"use_precision_aware_optimizer": True})
     )
     with pytest.raises(ValueError, match=r"megatron.optimizer.use_precision_aware_optimizer"):
-        world_states(config, config.actor, case.architecture())
+        exact_states(config, config.actor, case.architecture(), True)
 
 
 @pytest.mark.parametrize(
@@ -97,3 +103,84 @@ def test_microbatches_in_flight(
     pipeline: int, virtual: int, stage: int, microbatches: int, expected: int
 ) -> None:
     assert in_flight_microbatches(pipeline, virtual, stage=stage, microbatches=microbatches) == expected
+
+
+EXAMPLE = Path(__file__).parents[2] / "examples" / "planner" / "qwen2.5-7b.yaml"
+
+
+def subject(name: str, config: Config) -> Subject:
+    architecture = Architecture.from_hf_config(PRESETS[name])
+    workload = Workload.of(config, prompt_tokens=256, response_tokens=2048)
+    return Subject(
+        model=name, policy=architecture, critic=architecture, hardware=Hardware(), workload=workload
+    )
+
+
+@pytest.fixture(scope="module")
+def config() -> Config:
+    from megatron_ztrl.config.load import load_config
+
+    return load_config(EXAMPLE)
+
+
+def test_32b_in_bfloat16_with_adam_needs_more_than_8_gpus(config: Config) -> None:
+    # 18 bytes a parameter are 590 GB: of 8 x 80 GB that leaves 6 GB a GPU for all the rest, and none for engines.
+    # 16 GPUs would hold the actor alone; with whole nodes the engines make it 24.
+    planned = subject("qwen2.5-32b", config)
+    assert suggest(config, planned, 8, 1) == []
+    assert suggest(config, planned, 16, 1) == []
+    assert least_gpus(config, planned) == 24
+
+
+def test_suggestions_fit_and_the_quickest_comes_first(config: Config) -> None:
+    plans = suggest(config, subject("qwen2.5-7b", config), 16, 3)
+    assert [plan.problems for plan in plans] == [[], [], []]
+    assert all(plan.gpus <= 16 for plan in plans)
+    seconds = [plan.step_seconds for plan in plans]
+    assert seconds == sorted(seconds)
+    # The plan of the very configuration that is suggested says the same.
+    again = make_plan(plans[0].config, plans[0].subject)
+    assert again.worlds == plans[0].worlds
+    assert again.publish.total_bytes == plans[0].publish.total_bytes
+
+
+def test_a_critic_takes_ranks_of_its_own_and_no_vocabulary_head(config: Config) -> None:
+    ppo = replace(
+        config,
+        algorithm=AlgorithmConfig(advantage="gae"),
+        critic=replace(config.critic, data_parallel_size=2),
+    )
+    plan = make_plan(ppo, subject("qwen2.5-1.5b", config))
+    actor, critic = plan.worlds
+    assert (actor.gpus, critic.gpus, plan.gpus) == (16, 2, 26)
+    # Tied: the policy's head is its embedding. The value head is one row and a bias.
+    (value,) = critic.stages
+    assert value.states.parameters == 1_543_714_304 + 1536 + 1
+
+
+def test_the_command_prints_draws_and_writes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    files = tmp_path / "plan.png", tmp_path / "plan.json"
+    options = ["--gpus", "24", "--png", str(files[0]), "--json", str(files[1]), "actor.data_parallel_size=4"]
+    assert cli.main(["plan", str(EXAMPLE), *options]) == 0
+    printed = capsys.readouterr().out
+    assert "Memory of one GPU (GB)" in printed
+    assert "Quickest layouts of 24 GPUs" in printed
+    assert files[0].read_bytes().startswith(b"\x89PNG")
+    found = json.loads(files[1].read_text())
+    (actor,) = found["plan"]["worlds"]
+    assert (found["plan"]["gpus"], actor["gpus"], actor["layout"]) == (16, 8, "TP 2 PP 1 DP 4")
+    (stage,) = actor["stages"]
+    assert stage["total"] == sum(amount for name, amount in stage.items() if name != "total")
+    assert len(found["suggestions"]) == 5
+
+
+def test_the_command_says_from_how_many_gpus_on_a_model_fits(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["plan", str(EXAMPLE), "--model", "qwen2.5-32b", "--gpus", "8"]) == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "Does not fit" in printed
+    assert "No layout of 8 GPUs fits; the first whole nodes that fit: 24 GPUs" in printed
+
+
+def test_the_command_refuses_a_layout_that_the_model_cannot_have(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["plan", str(EXAMPLE), "actor.tensor_parallel_size=8"]) == cli.USER_ERROR
+    assert "actor.tensor_parallel_size: 8 does not divide" in capsys.readouterr().err

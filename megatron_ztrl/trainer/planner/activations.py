@@ -34,6 +34,8 @@ class StageActivations:
     """Final norm, the trained rows, the logits of one vocabulary chunk, the gradient of the head's weights."""
     working_bytes: int
     """Gradients of activations and of one weight inside a layer, a recomputed layer, gathered inputs."""
+    working: str
+    """How ``per_microbatch_bytes`` comes about."""
 
     @property
     def peak_bytes(self) -> int:
@@ -136,9 +138,11 @@ def stage_activations(
     layer = layer_bytes_per_token(shape, modules)
     row = shape.b * shape.h / shape.s
     per_token = layers * layer
+    kept = f"{layers} layers × {layer:,.0f} B (norms, attention, MLP)"
     if full:
         group = _recomputed_group(options, layers)
         per_token = layers / group * row
+        kept = f"{layers / group:g} layer inputs × {row:,.0f} B (the rest is recomputed)"
     elif layout.pipeline_size > 1:
         per_token += row  # what came from the stage before, or goes to the one after it
     working = _working_bytes(shape)
@@ -159,6 +163,7 @@ def stage_activations(
         ),
         head_bytes=round(head),
         working_bytes=round(working + held),
+        working=f"{shape.tokens:,} tokens × {kept}",
     )
 
 

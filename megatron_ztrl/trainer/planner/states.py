@@ -58,8 +58,8 @@ class StageStates:
         return self.weight_bytes + self.gradient_bytes + self.optimizer_bytes
 
 
-def world_states(
-    config: Config, world: WorldConfig, architecture: Architecture, *, trainable: bool = True
+def exact_states(
+    config: Config, world: WorldConfig, architecture: Architecture, trainable: bool
 ) -> list[StageStates]:
     """One entry per pipeline stage. Stages in the middle are alike, so only one of them is built.
 
