@@ -19,6 +19,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_ztrl.config.schema import Config, WorldConfig
 from megatron_ztrl.trainer.backend import platform_options, process_group_backend
+from megatron_ztrl.trainer.cpu_compat.allocator import keep_freed_memory
 from megatron_ztrl.weights.hf_mapping import Architecture, Backend, ParallelLayout
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
@@ -36,6 +37,7 @@ def init_distributed(layout: ParallelLayout, rank: int, init_method: str, seed: 
         torch.cuda.set_device(0 if torch.cuda.device_count() == 1 else rank % torch.cuda.device_count())
     else:
         torch.set_num_threads(1)
+        keep_freed_memory()
     dist.init_process_group(
         process_group_backend(),
         init_method=init_method,

@@ -32,6 +32,10 @@ def environment(tensor_parallel_size: int) -> dict[str, str]:
         "SGLANG_USE_CPU_ENGINE": "1",
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),
         "CUDA_VISIBLE_DEVICES": "",
+        # glibc gives every freed tensor of some size back to the kernel, and the next one costs a page fault
+        # per 4 KiB, which takes longer than filling it.
+        "MALLOC_MMAP_THRESHOLD_": str(1 << 30),
+        "MALLOC_TRIM_THRESHOLD_": str(1 << 30),
     }
     if tensor_parallel_size > 1:  # without a binding SGLang wants one NUMA node for each rank
         variables["SGLANG_CPU_OMP_THREADS_BIND"] = _cores_by_rank(tensor_parallel_size)
