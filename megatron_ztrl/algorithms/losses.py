@@ -103,7 +103,8 @@ def value_loss(
     plain_N = (value_N - return_N).square()
     chosen_N = plain_N
     if value_clip is not None:
-        near_N = old_value_N + (value_N - old_value_N).clamp(-value_clip, value_clip)
+        # Not old + clamped difference: that rounds values which the clip leaves alone, and counts some as clipped.
+        near_N = value_N.clamp(old_value_N - value_clip, old_value_N + value_clip)
         chosen_N = torch.maximum(plain_N, (near_N - return_N).square())
     return ValueLoss(
         loss_sum=0.5 * chosen_N.sum(),
