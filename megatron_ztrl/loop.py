@@ -18,7 +18,7 @@ from megatron_ztrl.evaluate import Evaluator, load_eval_prompts
 from megatron_ztrl.observability.clock import PhaseClock
 from megatron_ztrl.observability.progress import Progress
 from megatron_ztrl.observability.run_info import write_run_info
-from megatron_ztrl.runtime.checkpoints import CheckpointStore, read_state
+from megatron_ztrl.runtime.checkpoints import CheckpointStore, read_state, verify
 from megatron_ztrl.runtime.interrupt import StopRequest
 from megatron_ztrl.runtime.system import launch
 from megatron_ztrl.session import TrainingSession
@@ -87,9 +87,11 @@ async def _run(config: Config, *, resume: bool) -> bool:
     eval_prompts = load_eval_prompts(config)
     directory = Path(config.run.directory)
     checkpoint = CheckpointStore(directory / "checkpoints", keep_last=1).latest() if resume else None
-    if checkpoint is not None and read_state(checkpoint)["version"] >= config.train.num_steps:
-        print(f"{directory} has already reached step {config.train.num_steps} (train.num_steps)")
-        return True
+    if checkpoint is not None:
+        verify(checkpoint)
+        if read_state(checkpoint)["version"] >= config.train.num_steps:
+            print(f"{directory} has already reached step {config.train.num_steps} (train.num_steps)")
+            return True
     write_run_info(config)
     with Progress(config.train.num_steps) as progress:
         stop = StopRequest(progress.note)

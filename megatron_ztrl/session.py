@@ -196,23 +196,25 @@ class TrainingSession:
         self._progress.step(version, metrics)
 
     async def save_if_due(self, version: int) -> None:
-        """Saves every ``checkpoint.interval_steps``."""
+        """Begins a save every ``checkpoint.interval_steps``; training goes on while it is written."""
+        await self._store.complete_if_written()
         interval = self.config.checkpoint.interval_steps
         if interval and version % interval == 0:
             await self.save(version)
 
     async def save(self, version: int) -> None:
-        """Saves everything that a resumed run needs."""
+        """Begins to save everything that a resumed run needs."""
         self._progress.phase("saving a checkpoint")
         state: dict[str, Any] = {
             "source": self._source.state(),
             "backlog": [dataclasses.asdict(prompt) for prompt in self.scheduler.pending_prompts()],
         }
-        await self._store.save(version, self.system.save_checkpoint, state)
+        await self._store.save(version, self.system, state)
 
     async def finish(self, version: int) -> bool:
         """Saves; after the last step also evaluates and exports. Returns whether it was the last."""
         await self.save(version)
+        await self._store.complete()
         await self.scheduler.stop()
         finished = version >= self.config.train.num_steps
         if finished:

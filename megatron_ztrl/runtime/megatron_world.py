@@ -19,6 +19,7 @@ from megatron_ztrl.data.packing import PackedBatch
 from megatron_ztrl.engines.ports import port_of, reserve_port
 from megatron_ztrl.engines.weight_group import WeightGroup
 from megatron_ztrl.runtime.cluster import cluster_gpus, node_address
+from megatron_ztrl.trainer.integrity import FileRecord
 from megatron_ztrl.types import TensorSlice
 from megatron_ztrl.weights.reshard import Transfer
 
@@ -146,6 +147,13 @@ class MegatronWorld:
 
     async def save_checkpoint(self, directory: Path) -> None:
         await self.call("save_checkpoint", directory)
+
+    async def checkpoint_written(self) -> bool:
+        return all(await self.call("checkpoint_written"))
+
+    async def finish_checkpoint(self) -> dict[str, FileRecord]:
+        """Waits for the files of ``save_checkpoint``. Returns their records by name."""
+        return {name: file for files in await self.call("finish_checkpoint") for name, file in files.items()}
 
     async def load_checkpoint(self, directory: Path) -> None:
         await self.call("load_checkpoint", directory)

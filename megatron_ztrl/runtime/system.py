@@ -22,6 +22,7 @@ from megatron_ztrl.runtime.cluster import cluster_gpus, cluster_nodes, node_addr
 from megatron_ztrl.runtime.executors import run_snippets, start_executors
 from megatron_ztrl.runtime.megatron_world import MegatronWorld, Role
 from megatron_ztrl.runtime.services import Engine, HostedServer
+from megatron_ztrl.trainer.integrity import FileRecord
 from megatron_ztrl.weights.publish import WeightPublisher
 
 
@@ -97,10 +98,28 @@ class System:
         }
 
     async def save_checkpoint(self, directory: Path) -> None:
-        """Writes ``actor/``, and ``critic/`` where there is one."""
+        """Begins to write ``actor/``, and ``critic/`` where there is one; training may go on meanwhile."""
         await asyncio.gather(
             *(world.save_checkpoint(directory / name) for name, world in self._trained().items())
         )
+
+    async def checkpoint_written(self) -> bool:
+        """Whether ``finish_checkpoint`` would return at once.
+
+        Raises:
+            OSError: The files could not be written.
+        """
+        return all(await asyncio.gather(*(world.checkpoint_written() for world in self._trained().values())))
+
+    async def finish_checkpoint(self) -> dict[str, FileRecord]:
+        """Waits for the files of ``save_checkpoint``. Returns their records by path."""
+        worlds = self._trained()
+        found = await asyncio.gather(*(world.finish_checkpoint() for world in worlds.values()))
+        return {
+            f"{name}/{file}": record
+            for name, records in zip(worlds, found, strict=True)
+            for file, record in records.items()
+        }
 
     async def load_checkpoint(self, directory: Path) -> None:
         """Resumes from ``save_checkpoint``.

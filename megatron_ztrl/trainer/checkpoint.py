@@ -13,46 +13,23 @@ import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
 from megatron.core.dist_checkpointing.mapping import ShardedObject
-from megatron.core.dist_checkpointing.strategies.torch import (
-    MCoreSavePlanner,
-    TorchDistSaveShardedStrategy,
-    _replace_state_dict_keys_with_sharded_keys,
-    mcore_to_pyt_state_dict,
-)
 from megatron.core.optimizer import MegatronOptimizer
-from torch.distributed import checkpoint as torch_checkpoint
 
 from megatron_ztrl.trainer.model import PolicyModel
+from megatron_ztrl.trainer.shard_writer import BackgroundSave, PendingSave
 from megatron_ztrl.weights.hf_mapping import ParallelLayout
 
-FILES_PER_RANK = 2
-
-
-class SynchronousSave(TorchDistSaveShardedStrategy):
-    """Writes shards from threads of this process.
-
-    Megatron's own strategy forks writers and spawns a manager process. Forking a process that has CUDA and
-    Ray threads is not safe, and spawning runs the entry script again.
-    """
-
-    def save(self, sharded_state_dict: dict[str, Any], checkpoint_dir: str | Path) -> None:
-        """Writes and returns when every rank has written."""
-        flat, _, _ = _replace_state_dict_keys_with_sharded_keys(
-            sharded_state_dict, self.keep_only_main_replica
-        )
-        torch_checkpoint.save(
-            mcore_to_pyt_state_dict(flat, False),
-            storage_writer=torch_checkpoint.FileSystemWriter(checkpoint_dir, thread_count=FILES_PER_RANK),
-            planner=MCoreSavePlanner(
-                dedup_replicated_tensors=not self.keep_only_main_replica, flatten_state_dict=False
-            ),
-        )
+SHARD_INDEX = ".metadata"
+"""Which shard is where in which file; the last file that is written."""
 
 
 def save(
     directory: Path, chunks: list[PolicyModel], optimizer: MegatronOptimizer, layout: ParallelLayout
-) -> None:
-    """Saves parameters, optimizer state and random state; collective over all ranks."""
+) -> PendingSave:
+    """Begins to save parameters, optimizer state and random state; collective over all ranks.
+
+    Returns when everything has been copied, so that training may go on while the copies are written.
+    """
     if dist.get_rank() == 0:
         directory.mkdir(parents=True, exist_ok=True)
     dist.barrier()
@@ -60,8 +37,9 @@ def save(
     state = _sharded_state(chunks, optimizer, is_loading=False)
     state["layout"] = _layout_record(layout)
     state["rng"] = _sharded_rng(layout, _rng_state())
-    dist_checkpointing.save(state, str(directory), sharded_strategy=SynchronousSave("torch_dist", 1))
-    dist.barrier()
+    strategy = BackgroundSave("torch_dist", 1)
+    dist_checkpointing.save(state, str(directory), sharded_strategy=strategy)
+    return strategy.pending
 
 
 def load(
@@ -74,8 +52,8 @@ def load(
     Raises:
         ValueError: there is no complete checkpoint in ``directory``, or it lacks a parameter.
     """
-    if not (directory / "metadata.json").is_file():
-        raise ValueError(f"{directory} holds no complete Megatron checkpoint (metadata.json is missing)")
+    if not (directory / SHARD_INDEX).is_file():
+        raise ValueError(f"{directory} holds no complete Megatron checkpoint ({SHARD_INDEX} is missing)")
     _give_every_parameter_adam_state(optimizer)
     state = _sharded_state(chunks, optimizer, is_loading=True)
     same_layout = dist_checkpointing.load_common_state_dict(str(directory))["layout"] == _layout_record(

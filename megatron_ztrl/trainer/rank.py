@@ -18,7 +18,9 @@ cuda_calls.install()  # before the modules below bind what it replaces
 from megatron_ztrl.trainer import checkpoint, setup  # noqa: E402
 from megatron_ztrl.trainer.backend import choose_backend, device  # noqa: E402
 from megatron_ztrl.trainer.export import export_hf  # noqa: E402
+from megatron_ztrl.trainer.integrity import FileRecord  # noqa: E402
 from megatron_ztrl.trainer.model import build_chunks, wrap_chunks, wrap_precision  # noqa: E402
+from megatron_ztrl.trainer.shard_writer import PendingSave  # noqa: E402
 from megatron_ztrl.trainer.step import DeviceMicrobatch  # noqa: E402
 from megatron_ztrl.trainer.topology import parallel_layout, read_architecture  # noqa: E402
 from megatron_ztrl.types import TensorSlice  # noqa: E402
@@ -63,6 +65,7 @@ class MegatronRank:
         self._place = self._layout.place(rank)
         self._source = source
         self._architecture = architecture
+        self._pending_save: PendingSave | None = None
         self._backend = choose_backend(config.model.backend)
         setup.init_distributed(self._layout, rank, init_method, config.run.seed)
         self._slices = megatron_slices(architecture, self._layout, rank, backend=self._backend)
@@ -107,8 +110,32 @@ class MegatronRank:
         return self._parameters[name].detach()
 
     def save_checkpoint(self, directory: str | Path) -> None:
-        """Writes everything needed to resume; returns when all ranks have written."""
-        checkpoint.save(Path(directory), self._chunks, self._optimizer, self._layout)
+        """Begins to write everything needed to resume; training may go on when this returns."""
+        assert self._pending_save is None, "finish_checkpoint() ends a save before the next begins"
+        self._pending_save = checkpoint.save(Path(directory), self._chunks, self._optimizer, self._layout)
+
+    def checkpoint_written(self) -> bool:
+        """Whether ``finish_checkpoint`` would return without waiting for this rank. Not collective.
+
+        Raises:
+            OSError: The files could not be written.
+        """
+        assert self._pending_save is not None
+        return self._pending_save.written()
+
+    def finish_checkpoint(self) -> dict[str, FileRecord]:
+        """Waits for the files of ``save_checkpoint``, and completes the checkpoint.
+
+        Returns:
+            The files that this rank wrote, by name.
+
+        Raises:
+            OSError: They could not be written.
+        """
+        assert self._pending_save is not None
+        records = self._pending_save.finish()
+        self._pending_save = None
+        return records
 
     def load_checkpoint(self, directory: str | Path) -> None:
         """Resumes from :meth:`save_checkpoint`, under this or another layout.

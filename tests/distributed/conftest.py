@@ -1,4 +1,4 @@
-"""One launch of two ranks and one of four, with all cases in them."""
+"""One launch of two ranks and one of four, with all cases in them, and one that saves and resumes."""
 
 from __future__ import annotations
 
@@ -12,41 +12,26 @@ import torch
 # pytest's importlib mode leaves the path alone; the spawned ranks inherit it.
 sys.path.insert(0, str(Path(__file__).parent))
 
+from cases import (
+    BFLOAT16_CASES,
+    FOUR_RANK_CASES,
+    FOUR_RANK_CRITICS,
+    TWO_RANK_CASES,
+    TWO_RANK_CRITICS,
+)
 from launcher import launch
-from random_policies import POLICIES, reference_run, save_policy
-from ranks import Case, measure_resume, run_parity_cases
+from ranks import run_checkpoint_cases, run_parity_cases
+from reference import prepare
 
-INTERLEAVED = {"overlap_p2p_comm": True}
-OVERLAP = {"overlap_grad_reduce": True, "overlap_param_gather": True, "bucket_size": 20_000}
-RECOMPUTE = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
-
-TWO_RANK_CASES = [
-    Case(name="one-rank", policy="qwen2"),
-    Case(name="one-rank-one-microbatch", policy="qwen2", tokens=1000),
-    Case(name="one-rank-recompute", policy="qwen2", transformer=RECOMPUTE),
-    Case(name="tp2", policy="qwen2", tp=2),
-    Case(name="tp2-sp", policy="qwen2", tp=2, sp=True),
-    Case(name="pp2", policy="qwen2", pp=2),
-    Case(name="pp2-interleaved", policy="qwen2", pp=2, vp=2, transformer=INTERLEAVED),
-    Case(name="dp2", policy="qwen2", dp=2),
-    Case(name="dp2-all-reduce", policy="qwen2", dp=2, ddp={"use_distributed_optimizer": False}),
-    Case(name="dp2-overlap", policy="qwen2", dp=2, ddp=OVERLAP),
-    Case(name="tied-tp2-sp", policy="qwen2-tied", tp=2, sp=True),
-    Case(name="tied-pp2", policy="qwen2-tied", pp=2),
-    Case(name="tied-dp2", policy="qwen2-tied", dp=2),
-    Case(name="llama-tp2", policy="llama", tp=2),
-    Case(name="llama-tied-pp2", policy="llama-tied", pp=2),
-    Case(name="qwen3-tied-tp2-sp", policy="qwen3-tied", tp=2, sp=True),
-    Case(name="qwen3-tied-pp2", policy="qwen3-tied", pp=2),
-]
-FOUR_RANK_CASES = [
-    Case(name="tp2-pp2", policy="qwen2", tp=2, pp=2),
-    Case(name="tp2-sp-pp2-tied", policy="qwen2-tied", tp=2, pp=2, sp=True),
-    Case(name="tp2-sp-dp2", policy="qwen2", tp=2, dp=2, sp=True),
-    Case(name="llama-tied-pp2-dp2", policy="llama-tied", pp=2, dp=2),
-]
-BFLOAT16_CASE = Case(name="bfloat16-tp2-sp", policy="qwen2-tied", tp=2, sp=True, dtype="bfloat16")
-BY_NAME = {case.name: case for case in TWO_RANK_CASES + FOUR_RANK_CASES}
+TWO_RANKS = [*TWO_RANK_CASES, *TWO_RANK_CRITICS, *BFLOAT16_CASES]
+FOUR_RANKS = [*FOUR_RANK_CASES, *FOUR_RANK_CRITICS]
+POLICIES = {case.name: case for case in TWO_RANK_CASES + FOUR_RANK_CASES}
+CRITICS = {case.name: case for case in TWO_RANK_CRITICS + FOUR_RANK_CRITICS}
+EVERY_CASE = POLICIES | CRITICS
+COARSE = {case.name: case for case in BFLOAT16_CASES}
+RECUT = {name: case for name, case in POLICIES.items() if case.like}
+KINDS = {"policy": POLICIES, "critic": CRITICS, "case": EVERY_CASE, "coarse": COARSE, "recut": RECUT}
+"""The arguments of a test that stand for one case after the other."""
 RESUME_PAIRS = [
     ("tp2-sp", "tp2-sp"),
     ("dp2", "dp2"),
@@ -55,38 +40,43 @@ RESUME_PAIRS = [
     ("tied-dp2", "tied-tp2-sp"),
     ("pp2-interleaved", "tp2"),
     ("dp2-overlap", "dp2"),
+    ("critic-tp2-sp", "critic-tp2-sp"),
+    ("critic-pp2", "critic-dp2-overlap"),
 ]
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Tests that take ``case`` run for every layout, those that take ``pair`` for every resume."""
-    if "case" in metafunc.fixturenames:
-        metafunc.parametrize("case", BY_NAME.values(), ids=BY_NAME)
+    """Runs a test that takes one of ``KINDS``, or a ``pair`` of layouts, for every one of them."""
+    for name, cases in KINDS.items():
+        if name in metafunc.fixturenames:
+            metafunc.parametrize(name, cases.values(), ids=cases)
     if "pair" in metafunc.fixturenames:
         metafunc.parametrize("pair", RESUME_PAIRS, ids=["-to-".join(pair) for pair in RESUME_PAIRS])
 
 
 @pytest.fixture(scope="session")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A directory with every random policy, and beside it what the reference run made of it."""
-    directory = tmp_path_factory.mktemp("policies")
+    """A directory with every random checkpoint, and beside it what the reference run made of it."""
+    directory = tmp_path_factory.mktemp("checkpoints")
     torch.set_num_threads(1)
-    for name in POLICIES:
-        model = save_policy(name, directory / name)
-        torch.save(reference_run(model), directory / f"{name}.pt")
+    prepare(directory, {case.checkpoint for case in TWO_RANKS + FOUR_RANKS}, (torch.float32,))
+    prepare(directory, {case.checkpoint for case in BFLOAT16_CASES}, (torch.bfloat16,))
     return directory
 
 
 @pytest.fixture(scope="session")
 def parity(root: Path) -> dict[str, list[dict[str, Any]]]:
     """By case name, what each of its ranks measured."""
-    by_rank = launch(run_parity_cases, 2, root, [*TWO_RANK_CASES, BFLOAT16_CASE])
-    by_rank += launch(run_parity_cases, 4, root, FOUR_RANK_CASES)
-    names = [*BY_NAME, BFLOAT16_CASE.name]
-    return {name: [ranks[name] for ranks in by_rank if name in ranks] for name in names}
+    by_rank = launch(run_parity_cases, 2, root, TWO_RANKS)
+    by_rank += launch(run_parity_cases, 4, root, FOUR_RANKS)
+    return {
+        case.name: [ranks[case.name] for ranks in by_rank if case.name in ranks]
+        for case in TWO_RANKS + FOUR_RANKS
+    }
 
 
 @pytest.fixture(scope="session")
-def resume(root: Path) -> list[dict[tuple[str, str], Any]]:
-    """By rank and pair, the uninterrupted and the resumed run."""
-    return launch(measure_resume, 2, root, [(BY_NAME[a], BY_NAME[b]) for a, b in RESUME_PAIRS])
+def checkpoints(root: Path) -> list[dict[str, Any]]:
+    """By rank, the uninterrupted and the resumed run of every pair, and what a failed write says."""
+    pairs = [(EVERY_CASE[saver], EVERY_CASE[loader]) for saver, loader in RESUME_PAIRS]
+    return launch(run_checkpoint_cases, 2, root, pairs)

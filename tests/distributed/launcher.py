@@ -19,11 +19,16 @@ LIMIT_SECONDS = 240
 """A rank that fails inside a collective can leave its peers waiting."""
 
 
-def launch(function: Callable[..., Any], world_size: int, *args: Any) -> list[Any]:
+def launch(
+    function: Callable[..., Any], world_size: int, *args: Any, limit_seconds: float = LIMIT_SECONDS
+) -> list[Any]:
     """Calls ``function(rank, scratch, *args)`` in fresh processes; ``scratch`` is a directory of this launch.
 
     Args:
         function: Importable from a module, so that the new processes can find it.
+        world_size: Ranks.
+        *args: Passed on.
+        limit_seconds: After which the ranks are killed.
 
     Returns:
         What each rank returned. The first error of a rank is raised here, and ends the others.
@@ -35,12 +40,12 @@ def launch(function: Callable[..., Any], world_size: int, *args: Any) -> list[An
             context = multiprocessing.start_processes(
                 _run, args=(function, directory, args), nprocs=world_size, join=False, start_method="spawn"
             )
-            deadline = time.monotonic() + LIMIT_SECONDS
+            deadline = time.monotonic() + limit_seconds
             while not context.join(timeout=max(0.0, deadline - time.monotonic()), grace_period=5.0):
                 if time.monotonic() >= deadline:
                     for process in context.processes:
                         process.kill()
-                    raise TimeoutError(f"the ranks took more than {LIMIT_SECONDS} seconds")
+                    raise TimeoutError(f"the ranks took more than {limit_seconds} seconds")
         finally:
             os.environ.pop("OMP_NUM_THREADS") if threads is None else os.environ.update(
                 OMP_NUM_THREADS=threads

@@ -2,56 +2,34 @@
 
 from __future__ import annotations
 
+import contextlib
+import threading
 from collections import Counter
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from cases import Case
 from random_policies import STEPS, config, packed, spread
+from reference import CANARY, reference_path
 
 from megatron_ztrl.types import TensorSlice
 
 _meetings: Counter[int] = Counter()
 
 
-@dataclass(frozen=True, kw_only=True)
-class Case:
-    """One policy under one parallel layout."""
-
-    name: str
-    policy: str
-    tp: int = 1
-    pp: int = 1
-    vp: int = 1
-    dp: int = 1
-    sp: bool = False
-    tokens: int = 64
-    """Budget of a microbatch; the sequences sum to 240."""
-    dtype: str = "float32"
-    transformer: dict[str, Any] = field(default_factory=dict)
-    ddp: dict[str, Any] = field(default_factory=dict)
-
-    @property
-    def world_size(self) -> int:
-        return self.tp * self.pp * self.dp
-
-    @property
-    def has_whole_gradients(self) -> bool:
-        """Whether each rank ends with the gradient of all it holds: the distributed optimizer scatters it."""
-        return self.dp == 1 or self.ddp.get("use_distributed_optimizer") is False
-
-
 def build(case: Case, rank: int, scratch: Path, root: Path) -> Any:
-    """This rank's actor for a case. Ranks meet in a file of their own for every actor."""
+    """This rank's actor or critic for a case. Ranks meet in a file of their own every time."""
     from megatron_ztrl.trainer.actor import ActorRank
+    from megatron_ztrl.trainer.critic import CriticRank
 
     # Ranks may sit out a case, so only meetings of the same size are counted alike by all who take part.
     _meetings[case.world_size] += 1
     meeting = scratch / f"meeting-{case.world_size}-{_meetings[case.world_size]}"
     chosen = config(
-        root / case.policy,
+        root / case.checkpoint,
         tp=case.tp,
         pp=case.pp,
         vp=case.vp,
@@ -61,7 +39,8 @@ def build(case: Case, rank: int, scratch: Path, root: Path) -> Any:
         transformer=case.transformer,
         ddp=case.ddp,
     )
-    return ActorRank(chosen, rank, case.world_size, f"file://{meeting}")
+    kind = ActorRank if case.role == "actor" else CriticRank
+    return kind(chosen, rank, case.world_size, f"file://{meeting}")
 
 
 def run_parity_cases(rank: int, scratch: Path, root: Path, cases: list[Case]) -> dict[str, dict[str, Any]]:
@@ -70,89 +49,264 @@ def run_parity_cases(rank: int, scratch: Path, root: Path, cases: list[Case]) ->
 
 
 def measure_parity(case: Case, rank: int, scratch: Path, root: Path) -> dict[str, Any]:
-    """Largest absolute differences from the reference run."""
-    reference = torch.load(root / f"{case.policy}.pt", weights_only=False)
-    batch = packed(reference, dp=case.dp, tokens=case.tokens, multiple=case.tp)
-    actor = build(case, rank, scratch, root)
-    slices = actor.parameter_slices()
-    result: dict[str, Any] = {"microbatches": len(batch.microbatches[0])}
-    result["logprobs"] = _logprob_gap(actor, batch, reference["logprobs"])
-    canary = actor.canary_logprobs(list(range(1, 20)))
-    result["canary"] = (
-        0.0 if canary is None else (torch.tensor(canary) - reference["canary"]).abs().max().item()
+    """One case on one rank.
+
+    Returns:
+        ``gaps``: by type of the reference run, the largest absolute differences from it; ``compared``: how
+        many elements of gradients that were; ``stats`` of every step; and a few facts.
+    """
+    runs = _reference_runs(case, root)
+    batch = packed(
+        next(iter(runs.values()))["targets"],
+        dp=case.dp,
+        tokens=case.tokens,
+        multiple=case.tp,
+        order=case.order,
     )
-    actor.export_hf(root / f"export-{case.name}")
-    stats = []
-    for step in range(STEPS):
-        stats.append(actor.train_step(batch, step))
-        if step == 0 and case.has_whole_gradients:
-            grads = {name: p.main_grad for name, p in actor._parameters.items()}
-            result["grads"] = _slice_gap(slices, grads, reference["grads"])
-    result["stats"] = [entry for entry in stats if entry is not None]
-    params = {name: actor.parameter(name) for name in actor._parameters}
-    result["params"] = _slice_gap(slices, params, reference["params"])
-    result["final_logprobs"] = _logprob_gap(actor, batch, reference["final_logprobs"])
-    actor.close()
+    model = build(case, rank, scratch, root)
+    slices = model.parameter_slices()
+    first = _outputs(model, batch)
+    canary = model.canary_logprobs(CANARY) if case.role == "actor" else None
+    model.export_hf(root / f"export-{case.name}")
+    stats, gradients = _train(model, batch)
+    final = _outputs(model, batch)
+    mains = _main_weights(model)
+    gaps = {
+        dtype: {
+            "outputs": _output_gap(model, batch, first, run["outputs"]),
+            "canary": _canary_gap(canary, run["canary"]),
+            "gradients": _slice_gap(slices, gradients, run["gradients"]),
+            "parameters": _slice_gap(slices, mains, run["parameters"]),
+            "final_outputs": _output_gap(model, batch, final, run["final_outputs"]),
+        }
+        for dtype, run in runs.items()
+    }
+    result: dict[str, Any] = {
+        "gaps": gaps,
+        "stats": stats,
+        "microbatches": len(batch.microbatches[0]),
+        "elements": sum(
+            gradients[piece.param].narrow(piece.dim, piece.start, piece.length).numel() for piece in slices
+        ),
+        "compared": sum(int(torch.isfinite(part).sum()) for part, _ in _pairs(slices, gradients)),
+    }
+    if case.dtype == "bfloat16":
+        result["main_weights"] = _main_weight_facts(model, mains)
+    if case.like is not None:
+        result["invariance"] = _slice_gap(slices, gradients, torch.load(root / f"{case.like}.gradients"))
+    elif case.world_size == 1:
+        torch.save(_whole(slices, gradients), root / f"{case.name}.gradients")
+    model.close()
     return result
 
 
-def measure_resume(
+def run_checkpoint_cases(
     rank: int, scratch: Path, root: Path, pairs: list[tuple[Case, Case]]
-) -> dict[tuple[str, str], dict[str, Any]]:
-    """Saves under one layout and goes on; loads under another and goes on. Returns both continuations."""
-    results: dict[tuple[str, str], dict[str, Any]] = {}
+) -> dict[str, Any]:
+    """Every pair saves under one layout and goes on, and loads under another and goes on.
+
+    Returns:
+        Both continuations by pair, and ``failed write``: what a save says that could not write.
+    """
+    results: dict[str, Any] = {}
     for saver, loader in pairs:
-        reference = torch.load(root / f"{saver.policy}.pt", weights_only=False)
         directory = root / f"checkpoint-{saver.name}-{loader.name}"
-        results[saver.name, loader.name] = {
-            "uninterrupted": _train(saver, rank, scratch, root, reference, save_to=directory),
-            "resumed": _train(loader, rank, scratch, root, reference, load_from=directory),
+        results[f"{saver.name}-to-{loader.name}"] = {
+            "uninterrupted": _continue(saver, rank, scratch, root, save_to=directory),
+            "resumed": _continue(loader, rank, scratch, root, load_from=directory),
         }
+    results["failed write"] = _fail_to_write(pairs[0][0], rank, scratch, root)
     return results
 
 
-def _train(
+def _continue(
     case: Case,
     rank: int,
     scratch: Path,
     root: Path,
-    reference: dict[str, Any],
     save_to: Path | None = None,
     load_from: Path | None = None,
 ) -> dict[str, Any]:
-    actor = build(case, rank, scratch, root)
-    batch = packed(reference, dp=case.dp, tokens=case.tokens, multiple=case.tp)
-    if load_from is not None:
-        actor.load_checkpoint(load_from)
-    else:
-        for step in range(2):
-            actor.train_step(batch, step)
-        actor.save_checkpoint(save_to)
-    stats = [actor.train_step(batch, step) for step in range(2, 5)]
-    logprobs = actor.logprobs(batch)
+    """Three steps after loading; or two steps, a save, and three steps that the writing must outlast."""
+    model = build(case, rank, scratch, root)
+    targets = torch.load(reference_path(root, case.checkpoint), weights_only=False)["targets"]
+    batch = packed(targets, dp=case.dp, tokens=case.tokens, multiple=case.tp)
+    released = threading.Event()
+    with _before_writing(released.wait):
+        if load_from is not None:
+            model.load_checkpoint(load_from)
+        else:
+            for step in range(2):
+                model.train_step(batch, step)
+            model.save_checkpoint(save_to)
+        stats = [model.train_step(batch, step) for step in range(2, 5)]
+        written_early = save_to is not None and model.checkpoint_written()
+        released.set()
+        records = model.finish_checkpoint() if save_to is not None else {}
     by_sample = {}
-    if logprobs is not None:
-        for mb, array_T in zip(batch.microbatches[actor.dp_rank], logprobs, strict=True):
+    outputs = _outputs(model, batch)
+    if outputs is not None:
+        for mb, array_T in zip(batch.microbatches[model.dp_rank], outputs, strict=True):
             for index, start, end in zip(mb.sample_indices, mb.cu_seqlens, mb.cu_seqlens[1:], strict=False):
                 by_sample[index] = array_T[start:end]
-    actor.close()
-    return {"stats": [entry for entry in stats if entry is not None], "logprobs": by_sample}
+    model.close()
+    return {
+        "stats": [entry for entry in stats if entry is not None],
+        "outputs": by_sample,
+        "written_early": written_early,
+        "records": records,
+    }
 
 
-def _logprob_gap(actor: Any, batch: Any, expected: list[np.ndarray]) -> float:
-    found = actor.logprobs(batch)
+def _fail_to_write(case: Case, rank: int, scratch: Path, root: Path) -> str:
+    model = build(case, rank, scratch, root)
+
+    def fail() -> None:
+        raise OSError("no space left on device")
+
+    with _before_writing(fail):
+        model.save_checkpoint(root / "failed")
+        try:
+            while not model.checkpoint_written():
+                pass
+        except OSError as error:
+            return str(error)
+        finally:
+            model.close()
+    return ""
+
+
+@contextlib.contextmanager
+def _before_writing(do: Callable[[], Any]) -> Iterator[None]:
+    """Calls ``do`` in the writing thread before it writes shards."""
+    from torch.distributed.checkpoint import FileSystemWriter
+
+    write_data = FileSystemWriter.write_data
+
+    def wrapper(*args: Any) -> Any:
+        do()
+        return write_data(*args)
+
+    FileSystemWriter.write_data = wrapper
+    try:
+        yield
+    finally:
+        FileSystemWriter.write_data = write_data
+
+
+def _reference_runs(case: Case, root: Path) -> dict[str, dict[str, Any]]:
+    """By type, float32 first."""
+    types = (torch.float32, torch.float64, torch.bfloat16)
+    paths = {
+        str(dtype).removeprefix("torch."): reference_path(root, case.checkpoint, dtype) for dtype in types
+    }
+    return {name: torch.load(path, weights_only=False) for name, path in paths.items() if path.is_file()}
+
+
+def _outputs(model: Any, batch: Any) -> list[np.ndarray] | None:
+    return model.logprobs(batch) if hasattr(model, "logprobs") else model.values(batch)
+
+
+def _train(model: Any, batch: Any) -> tuple[list[dict[str, float]], dict[str, torch.Tensor]]:
+    """Statistics of ``STEPS`` steps, on the rank that reports them, and gradients of the first."""
+    gradients: dict[str, torch.Tensor] = {}
+    step_of_optimizer = model._optimizer.step
+
+    def look_first() -> Any:
+        if not gradients:  # summed over all ranks and not yet clipped
+            gradients.update(_gradients(model))
+        return step_of_optimizer()
+
+    model._optimizer.step = look_first
+    stats = [model.train_step(batch, step) for step in range(STEPS)]
+    return [entry for entry in stats if entry is not None], gradients
+
+
+def _gradients(model: Any) -> dict[str, torch.Tensor]:
+    """Gradients by parameter; NaN where another data-parallel rank has the sum."""
+    return {
+        name: _spread_owned(model, parameter, parameter.main_grad.flatten()[_owned(model, parameter)])
+        for name, parameter in model._parameters.items()
+    }
+
+
+def _main_weights(model: Any) -> dict[str, torch.Tensor]:
+    """What the optimizer updates: float32 copies under bfloat16, of which a rank may have a part; else NaN."""
+    mains = {}
+    for name, parameter in model._parameters.items():
+        main = getattr(parameter, "main_param", None)
+        if parameter.dtype is torch.float32:
+            mains[name] = model.parameter(name)
+        else:
+            owned = torch.empty(0) if main is None else main.detach().flatten()
+            mains[name] = _spread_owned(model, parameter, owned)
+    return mains
+
+
+def _main_weight_facts(model: Any, mains: dict[str, torch.Tensor]) -> dict[str, bool | float]:
+    """Whether the model's weights are the main weights, rounded; share of these that rounding changes."""
+    rounded = {name: main.to(torch.bfloat16) for name, main in mains.items()}
+    owned = {name: ~main.isnan() for name, main in mains.items()}
+    changed = [(mains[name] != rounded[name])[mask] for name, mask in owned.items()]
+    return {
+        "round to the model's": all(
+            torch.equal(model.parameter(name)[mask], rounded[name][mask]) for name, mask in owned.items()
+        ),
+        "finer share": torch.cat(changed).float().mean().item(),
+    }
+
+
+def _owned(model: Any, parameter: torch.nn.Parameter) -> slice:
+    """The part of the flattened parameter whose gradient this rank has in full, after the reduction."""
+    for part in getattr(model._optimizer, "chained_optimizers", [model._optimizer]):
+        if parameter in getattr(part, "model_param_gbuf_map", {}):
+            mine = part._get_model_param_range_map(parameter)["param"]
+            return slice(mine.start, mine.end)
+    distributed = model._models[0].ddp_config.use_distributed_optimizer
+    return slice(0, 0) if distributed else slice(0, parameter.numel())
+
+
+def _spread_owned(model: Any, parameter: torch.nn.Parameter, owned: torch.Tensor) -> torch.Tensor:
+    whole = torch.full((parameter.numel(),), torch.nan)
+    whole[_owned(model, parameter)] = owned
+    return whole.view(parameter.shape)
+
+
+def _output_gap(model: Any, batch: Any, found: list[np.ndarray] | None, expected: list[np.ndarray]) -> float:
     if found is None:
         return 0.0
-    wanted = spread(batch, expected)[actor.dp_rank]
+    wanted = spread(batch, expected)[model.dp_rank]
     return max(float(np.abs(a - b).max()) for a, b in zip(found, wanted, strict=True))
+
+
+def _canary_gap(found: list[float] | None, expected: torch.Tensor | None) -> float:
+    if found is None or expected is None:
+        return 0.0
+    return (torch.tensor(found) - expected).abs().max().item()
+
+
+def _pairs(
+    slices: list[TensorSlice], local: dict[str, torch.Tensor]
+) -> Iterator[tuple[torch.Tensor, TensorSlice]]:
+    return ((local[s.param].narrow(s.dim, s.start, s.length), s) for s in slices)
 
 
 def _slice_gap(
     slices: list[TensorSlice], local: dict[str, torch.Tensor], whole: dict[str, torch.Tensor]
 ) -> float:
+    """Over what this rank has (see ``_spread_owned``)."""
     gaps = [
-        local[s.param].narrow(s.dim, s.start, s.length)
-        - whole[s.tensor].narrow(s.dim, s.tensor_start, s.length)
-        for s in slices
+        part - whole[s.tensor].narrow(s.dim, s.tensor_start, s.length) for part, s in _pairs(slices, local)
     ]
-    return max(gap.abs().max().item() for gap in gaps)
+    return max(gap.abs().nan_to_num(0.0).max().item() for gap in gaps)
+
+
+def _whole(slices: list[TensorSlice], local: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """HF tensors from the parameters of one rank that holds everything."""
+    parts: dict[str, list[tuple[int, int, torch.Tensor]]] = {}
+    for part, s in _pairs(slices, local):
+        parts.setdefault(s.tensor, []).append((s.tensor_start, s.dim, part))
+    return {
+        tensor: torch.cat([part for _, _, part in sorted(found, key=lambda row: row[0])], dim=found[0][1])
+        for tensor, found in parts.items()
+    }

@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from ranks import Case
+from cases import Case
+from reference import CANARY, reference_path
 from safetensors.torch import load_file
 
 
-def test_export_of_the_loaded_policy_is_bitwise_the_source(parity: Any, root: Path, case: Case) -> None:
-    source = load_file(root / case.policy / "model.safetensors")
-    export = load_file(root / f"export-{case.name}" / "model.safetensors")
+def test_export_of_the_loaded_policy_is_bitwise_the_source(parity: Any, root: Path, policy: Case) -> None:
+    source = load_file(root / policy.checkpoint / "model.safetensors")
+    export = load_file(root / f"export-{policy.name}" / "model.safetensors")
     assert source.keys() == export.keys()
     assert all(torch.equal(source[name], export[name]) for name in source)
 
@@ -27,9 +28,9 @@ def test_export_carries_config_and_tokenizer(parity: Any, root: Path) -> None:
 def test_transformers_loads_an_export(parity: Any, root: Path) -> None:
     from transformers import AutoModelForCausalLM
 
-    reference = torch.load(root / "qwen2-tied.pt", weights_only=False)
+    reference = torch.load(reference_path(root, "qwen2-tied"), weights_only=False)
     model = AutoModelForCausalLM.from_pretrained(root / "export-tp2-sp-pp2-tied")
-    canary = torch.arange(1, 20)
+    canary = torch.tensor(CANARY)
     with torch.no_grad():
         logp = model(canary[None]).logits[0, :-1].log_softmax(-1).gather(-1, canary[1:, None])[:, 0]
     assert torch.allclose(logp, reference["canary"], atol=1e-6)
