@@ -1,4 +1,4 @@
-"""The one place that decides between Transformer Engine and local layers, and between GPU and CPU."""
+"""The one place that decides between Transformer Engine and local layers, between GPU and CPU, and on FP8."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import importlib.util
 from typing import Any, Literal
 
 import torch
+from megatron.core.fp8_utils import get_fp8_align_size
 from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_local_spec,
     get_gpt_layer_with_transformer_engine_spec,
@@ -55,9 +56,10 @@ def platform_options(backend: Backend) -> dict[str, Any]:
         "gradient_accumulation_fusion": False,
         "masked_softmax_fusion": False,
         "persist_layer_norm": False,
-        "bias_activation_fusion": False,
         "bias_dropout_fusion": False,
         "apply_rope_fusion": backend == "te",
+        # Compiled: the backward pass of the gated MLP then keeps three numbers of a column, and not five.
+        "bias_activation_fusion": backend == "te",
     }
     if not torch.cuda.is_available():
         options |= {
@@ -70,8 +72,97 @@ def platform_options(backend: Backend) -> dict[str, Any]:
     return options
 
 
+def check_support(config: TransformerConfig, backend: Backend, capability: tuple[int, int] | None) -> None:
+    """Refuses what the layers, or the device, cannot do.
+
+    Args:
+        config: As it will be used, native options included.
+        backend: Whose layers.
+        capability: CUDA compute capability of the device; None is a CPU.
+
+    Raises:
+        ValueError: one line with the config path and the fix.
+    """
+    options = "megatron.transformer"
+    if config.context_parallel_size > 1:
+        raise ValueError(
+            f"{options}.context_parallel_size: packed batches are not split along the sequence; set"
+            " actor.tensor_parallel_size and actor.sequence_parallel"
+        )
+    if config.expert_model_parallel_size > 1 or config.num_moe_experts:
+        raise ValueError(f"{options}: no supported architecture has experts to spread over ranks")
+    if not config.fp8:
+        return
+    if capability is None:
+        raise ValueError(f"{options}.fp8: needs an NVIDIA GPU; this rank computes on the CPU")
+    if backend != "te":
+        raise ValueError(f"{options}.fp8: the local layers do not compute in FP8; set model.backend to te")
+    if not config.bf16:
+        raise ValueError(f"{options}.fp8: keeps its weights in bfloat16; set model.dtype to bfloat16")
+    if config.fp8_param:
+        raise ValueError(
+            f"{options}.fp8_param: weights are loaded and published slice by slice, which FP8 weights do not"
+            " have; leave it out: fp8 alone computes in FP8 with bfloat16 weights"
+        )
+    recipe = str(getattr(config.fp8_recipe, "value", config.fp8_recipe))
+    needed, generation = _FP8_NEEDS.get(recipe, _FP8_NEEDS["delayed"])
+    if capability < needed:
+        found = ".".join(map(str, capability))
+        raise ValueError(
+            f"{options}.fp8_recipe: {recipe} needs {generation} (compute capability {needed[0]}.{needed[1]}) or"
+            f" later; this GPU has {found}"
+        )
+    _check_fp8_shapes(config, fp8_alignment(config))
+
+
+_FP8_NEEDS: dict[str, tuple[tuple[int, int], str]] = {
+    "delayed": ((8, 9), "Ada"),
+    "tensorwise": ((8, 9), "Ada"),
+    "blockwise": ((9, 0), "Hopper"),
+    "mxfp8": ((10, 0), "Blackwell"),
+}
+"""Least compute capability by recipe."""
+
+
+def fp8_alignment(config: TransformerConfig) -> int:
+    """What both sides of every FP8 matrix, tokens included, must be a multiple of; 1 without FP8."""
+    return get_fp8_align_size(config.fp8_recipe) if config.fp8 else 1
+
+
+def token_multiple(config: TransformerConfig) -> int:
+    """What the tokens of a microbatch must be a multiple of.
+
+    Under sequence parallelism each rank quantises its own part of them before it is gathered.
+    """
+    return fp8_alignment(config) * (config.tensor_model_parallel_size if config.sequence_parallel else 1)
+
+
+def _check_fp8_shapes(config: TransformerConfig, multiple: int) -> None:
+    size = config.tensor_model_parallel_size
+    head_rows = config.kv_channels
+    for what, rows in (
+        ("hidden_size", config.hidden_size),
+        ("feed-forward columns", config.ffn_hidden_size // size),
+        ("query columns", config.num_attention_heads * head_rows // size),
+        (
+            "query, key and value columns",
+            (config.num_attention_heads + 2 * config.num_query_groups) * head_rows // size,
+        ),
+    ):
+        if rows % multiple:
+            raise ValueError(
+                f"megatron.transformer.fp8: a rank's {rows} {what} are no multiple of {multiple}, which FP8 needs;"
+                " lower actor.tensor_parallel_size, or leave fp8 out"
+            )
+
+
 def block_spec(config: TransformerConfig, backend: Backend, virtual_stage: int | None) -> Any:
-    """The layers of one model chunk, as ``GPTModel`` wants them described."""
+    """The layers of one model chunk, as ``GPTModel`` wants them described.
+
+    Raises:
+        ValueError: the configuration asks for what they, or this device, cannot do.
+    """
+    check_support(config, backend, torch.cuda.get_device_capability() if torch.cuda.is_available() else None)
     if backend == "te":
         return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
     layer = get_gpt_layer_local_spec(qk_layernorm=config.qk_layernorm, normalization="RMSNorm")

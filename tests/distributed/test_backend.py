@@ -1,0 +1,246 @@
+"""Which layers are chosen, what is refused, and the ``TransformerConfig`` that results: the upstream dataclass."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from test_hf_mapping import HF_CONFIG
+
+from megatron_ztrl.trainer.cpu_compat import cuda_calls
+
+cuda_calls.install()
+
+from megatron.core.enums import Fp8Recipe  # noqa: E402
+from megatron.core.transformer.transformer_config import TransformerConfig  # noqa: E402
+from planner_ranks import Case  # noqa: E402
+
+from megatron_ztrl.trainer.backend import (  # noqa: E402
+    check_support,
+    choose_backend,
+    fp8_alignment,
+    platform_options,
+    token_multiple,
+)
+from megatron_ztrl.trainer.setup import transformer_config  # noqa: E402
+from megatron_ztrl.weights.hf_mapping import Architecture, Backend  # noqa: E402
+
+ADA, HOPPER, BLACKWELL = (8, 9), (9, 0), (10, 0)
+QWEN = Case(name="", hidden=256, layers=4)
+"""8 heads of 32, 2 key-value groups, 704 feed-forward columns."""
+
+
+@pytest.fixture(autouse=True)
+def transformer_engine_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Upstream's dataclass looks for this kernel of Transformer Engine's before it accepts a rotary fusion."""
+    name = "megatron.core.models.common.embeddings.rope_utils.fused_apply_rotary_pos_emb_thd"
+    monkeypatch.setattr(name, object())
+
+
+def built(case: Case, backend: Backend) -> TransformerConfig:
+    config = case.config()
+    return transformer_config(config, config.actor, case.architecture(), backend)
+
+
+def fp8(recipe: str = "delayed", case: Case = QWEN, **options: Any) -> TransformerConfig:
+    wanted = {"fp8": "hybrid", "fp8_recipe": recipe, **options}
+    return built(dataclasses.replace(case, transformer=wanted), "te")
+
+
+def test_auto_takes_local_layers_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert choose_backend("auto") == choose_backend("local") == "local"
+
+
+def test_auto_takes_transformer_engine_with_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
+    assert choose_backend("auto") == choose_backend("te") == "te"
+    assert choose_backend("local") == "local"
+
+
+def test_transformer_engine_without_a_gpu_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError, match=r"model.backend: te needs a CUDA device; use local"):
+        choose_backend("te")
+
+
+def test_a_gpu_without_transformer_engine_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"model.backend: transformer_engine is not installed"):
+        choose_backend("auto")
+
+
+def test_every_field_is_upstreams_default_or_named_here() -> None:
+    """The whole dataclass: a field that somebody sets, or upstream changes, shows up here."""
+    config = built(dataclasses.replace(QWEN, tp=2, pp=2), "local")
+    upstream = TransformerConfig(num_layers=4, hidden_size=256, num_attention_heads=8)
+    changed = {
+        field.name: getattr(config, field.name)
+        for field in dataclasses.fields(TransformerConfig)
+        if getattr(config, field.name) != getattr(upstream, field.name)
+        and not callable(getattr(config, field.name))
+    }
+    # The initial weights are overwritten, so how Megatron would draw them does not matter.
+    assert changed == {
+        "ffn_hidden_size": 704,
+        "num_query_groups": 2,
+        "normalization": "RMSNorm",
+        "layernorm_epsilon": 1e-6,
+        "gated_linear_unit": True,
+        "add_bias_linear": False,
+        "add_qkv_bias": True,
+        "hidden_dropout": 0.0,
+        "attention_dropout": 0.0,
+        "tensor_model_parallel_size": 2,
+        "pipeline_model_parallel_size": 2,
+        "sequence_parallel": True,
+        "params_dtype": torch.bfloat16,
+        "pipeline_dtype": torch.bfloat16,
+        "autocast_dtype": torch.bfloat16,
+        "bf16": True,
+        "variable_seq_lengths": True,
+        "moe_token_dispatcher_type": "alltoall",
+        "expert_tensor_parallel_size": 2,
+        "calculate_per_token_loss": True,
+        "use_cpu_initialization": True,
+        "batch_p2p_comm": False,
+        "microbatch_group_size_per_vp_stage": 2,
+    }
+    assert config.activation_func is F.silu
+    assert config.finalize_model_grads_func is not None
+
+
+def test_transformer_engine_differs_from_local_layers_on_a_gpu_in_two_fusions(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    local, te = (dataclasses.asdict(built(QWEN, backend)) for backend in ("local", "te"))
+    different = {name: te[name] for name in te if te[name] != local[name]}
+    assert different == {"apply_rope_fusion": True, "bias_activation_fusion": True}
+
+
+@pytest.mark.parametrize(
+    ("backend", "cuda", "expected"),
+    [
+        (
+            "local",
+            False,
+            {"apply_rope_fusion": False, "bias_activation_fusion": False, "batch_p2p_comm": False},
+        ),
+        (
+            "local",
+            True,
+            {"apply_rope_fusion": False, "bias_activation_fusion": False, "batch_p2p_comm": True},
+        ),
+        ("te", True, {"apply_rope_fusion": True, "bias_activation_fusion": True, "batch_p2p_comm": True}),
+    ],
+)
+def test_fusions_follow_the_layers_and_point_to_point_calls_the_device(
+    monkeypatch: pytest.MonkeyPatch, backend: Backend, cuda: bool, expected: dict[str, bool]
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    options = platform_options(backend)
+    defaults = {field.name: field.default for field in dataclasses.fields(TransformerConfig)}
+    assert {name: options.get(name, defaults[name]) for name in expected} == expected
+    assert options.get("use_cpu_initialization", False) is not cuda
+    assert options.get("deallocate_pipeline_outputs", True) is cuda
+    assert set(options) <= set(defaults)
+
+
+def test_native_options_have_the_last_word() -> None:
+    config = built(dataclasses.replace(QWEN, transformer={"bias_activation_fusion": True}), "local")
+    assert config.bias_activation_fusion
+
+
+@pytest.mark.parametrize(
+    ("recipe", "capability"),
+    [("delayed", ADA), ("tensorwise", ADA), ("blockwise", HOPPER), ("mxfp8", BLACKWELL)],
+)
+def test_an_fp8_recipe_passes_through_to_where_it_runs(recipe: str, capability: tuple[int, int]) -> None:
+    config = fp8(recipe)
+    assert (config.fp8, config.fp8_recipe, config.fp8_param) == ("hybrid", Fp8Recipe(recipe), False)
+    check_support(config, "te", capability)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "options", "backend", "capability", "message"),
+    [
+        ("delayed", {}, "local", None, r"fp8: needs an NVIDIA GPU; this rank computes on the CPU"),
+        (
+            "delayed",
+            {},
+            "local",
+            HOPPER,
+            r"fp8: the local layers do not compute in FP8; set model.backend to te",
+        ),
+        ("delayed", {}, "te", (8, 0), r"fp8_recipe: delayed needs Ada .*8.9.* this GPU has 8.0"),
+        ("blockwise", {}, "te", ADA, r"fp8_recipe: blockwise needs Hopper .*9.0.* this GPU has 8.9"),
+        ("mxfp8", {}, "te", HOPPER, r"fp8_recipe: mxfp8 needs Blackwell .*10.0.* this GPU has 9.0"),
+        (
+            "blockwise",
+            {"fp8_param": True},
+            "te",
+            HOPPER,
+            r"fp8_param: weights are loaded and published slice",
+        ),
+    ],
+)
+def test_fp8_is_refused_where_it_cannot_run(
+    recipe: str, options: dict, backend: Backend, capability: Any, message: str
+) -> None:
+    with pytest.raises(ValueError, match=r"megatron.transformer." + message):
+        check_support(fp8(recipe, **options), backend, capability)
+
+
+def test_fp8_wants_bfloat16_weights() -> None:
+    with pytest.raises(ValueError, match=r"set model.dtype to bfloat16"):
+        check_support(fp8(case=dataclasses.replace(QWEN, dtype="float32")), "te", HOPPER)
+
+
+def test_fp8_wants_shapes_that_its_kernels_take() -> None:
+    # 2.75 x 96 = 264 feed-forward columns are 132 a rank.
+    with pytest.raises(ValueError, match=r"132 feed-forward columns are no multiple of 16"):
+        check_support(fp8(case=dataclasses.replace(QWEN, hidden=96, tp=2)), "te", HOPPER)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "tp", "align", "tokens"),
+    [("blockwise", 1, 16, 16), ("blockwise", 2, 16, 32), ("mxfp8", 1, 32, 32), ("mxfp8", 2, 32, 64)],
+)
+def test_microbatches_are_padded_to_what_fp8_needs(recipe: str, tp: int, align: int, tokens: int) -> None:
+    config = fp8(recipe, dataclasses.replace(QWEN, tp=tp))
+    assert (fp8_alignment(config), token_multiple(config)) == (align, tokens)
+
+
+def test_without_fp8_only_sequence_parallelism_pads() -> None:
+    assert token_multiple(built(QWEN, "local")) == 1
+    assert token_multiple(built(dataclasses.replace(QWEN, tp=2), "local")) == 2
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"context_parallel_size": 2}, r"context_parallel_size: packed batches are not split"),
+        ({"expert_model_parallel_size": 2, "num_moe_experts": 4}, r"no supported architecture has experts"),
+    ],
+)
+def test_context_and_expert_parallelism_are_refused(options: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        check_support(built(dataclasses.replace(QWEN, transformer=options), "local"), "local", None)
+
+
+def test_the_refusal_comes_before_a_model_is_built(tmp_path: Path) -> None:
+    from megatron_ztrl.trainer.backend import block_spec
+
+    architecture = Architecture.from_hf_config(HF_CONFIG)
+    case = dataclasses.replace(QWEN, transformer={"fp8": "hybrid", "fp8_recipe": "blockwise"})
+    config = case.config()
+    chosen = transformer_config(config, config.actor, architecture, "local")
+    with pytest.raises(ValueError, match=r"megatron.transformer.fp8: needs an NVIDIA GPU"):
+        block_spec(chosen, "local", None)
