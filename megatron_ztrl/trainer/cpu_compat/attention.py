@@ -17,8 +17,8 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-MAX_PADDING_SHARE = 0.25
-"""A block takes shorter sequences in until this share of it would be padding."""
+MAX_PADDING_SHARE = 0.1
+"""A block takes shorter sequences in until this share of it would be padding. Calls cost less than much padding."""
 
 
 @dataclass(frozen=True)
@@ -27,10 +27,10 @@ class Block:
 
     batch: int
     length: int
-    tokens_N: Tensor
-    """[N] Packed positions of the block's tokens."""
-    cells_N: Tensor
-    """[N] Where they lie in the flattened [B * L] block."""
+    tokens: Tensor | slice
+    """Packed positions of the block's N tokens; a slice, which needs no copy, where they are neighbours."""
+    cells_N: Tensor | None
+    """[N] Where they lie in the flattened [B * L] block; None if there is no padding."""
 
 
 @dataclass
@@ -61,47 +61,60 @@ def plan_blocks(cu_seqlens: Sequence[int], device: torch.device) -> list[Block]:
 
 
 def _block(spans: list[tuple[int, int]], device: torch.device) -> Block:
+    length, total = spans[0][1], sum(span[1] for span in spans)
+    is_full = total == len(spans) * length
+    if is_full and all(a + length == b for (a, _), (b, _) in pairwise(spans)):
+        return Block(len(spans), length, slice(spans[0][0], spans[0][0] + total), None)
     starts_B, lengths_B = torch.tensor(spans, device=device).unbind(1)
-    length = spans[0][1]
     offsets_L = torch.arange(length, device=device)
     real_BL = offsets_L < lengths_B[:, None]
     tokens_N = (starts_B[:, None] + offsets_L)[real_BL]
-    return Block(len(spans), length, tokens_N, real_BL.flatten().nonzero()[:, 0])
+    return Block(len(spans), length, tokens_N, None if is_full else real_BL.flatten().nonzero()[:, 0])
 
 
-class _ToBlock(torch.autograd.Function):
-    """[T, ...] packed -> [B * L, ...] padded with zeros. Both ways are plain copies: no row occurs twice."""
+def _fill(block: Block, rows_N: Tensor) -> Tensor:
+    """[N, ...] -> [B * L, ...] padded with zeros."""
+    if block.cells_N is None:
+        return rows_N
+    cells = rows_N.new_zeros(block.batch * block.length, *rows_N.shape[1:])
+    return cells.index_copy_(0, block.cells_N, rows_N)
+
+
+def _drain(block: Block, cells: Tensor) -> Tensor:
+    """The reverse of :func:`_fill`."""
+    return cells if block.cells_N is None else cells.index_select(0, block.cells_N)
+
+
+class _ToBlocks(torch.autograd.Function):
+    """[T, ...] packed -> [B * L, ...] for each block. Every token is in one block, so nothing is ever added."""
 
     @staticmethod
-    def forward(ctx: Any, x_T: Tensor, block: Block) -> Tensor:
-        ctx.block, ctx.tokens = block, x_T.shape[0]
-        out = x_T.new_zeros(block.batch * block.length, *x_T.shape[1:])
-        return out.index_copy_(0, block.cells_N, x_T.index_select(0, block.tokens_N))
+    def forward(ctx: Any, x_T: Tensor, blocks: list[Block]) -> tuple[Tensor, ...]:
+        ctx.blocks, ctx.tokens = blocks, x_T.shape[0]
+        return tuple(_fill(block, x_T[block.tokens]) for block in blocks)
 
     @staticmethod
-    def backward(ctx: Any, grad_BL: Tensor) -> tuple[Tensor, None]:
-        grad_T = grad_BL.new_zeros(ctx.tokens, *grad_BL.shape[1:])
-        return grad_T.index_copy_(0, ctx.block.tokens_N, grad_BL.index_select(0, ctx.block.cells_N)), None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        grad_T = grads[0].new_empty(ctx.tokens, *grads[0].shape[1:])
+        for block, grad in zip(ctx.blocks, grads, strict=True):
+            grad_T[block.tokens] = _drain(block, grad)
+        return grad_T, None
 
 
 class _FromBlocks(torch.autograd.Function):
-    """The reverse of :class:`_ToBlock`, for all blocks of a microbatch together."""
+    """The reverse of :class:`_ToBlocks`."""
 
     @staticmethod
     def forward(ctx: Any, tokens: int, blocks: list[Block], *outputs: Tensor) -> Tensor:
         ctx.blocks = blocks
-        out = outputs[0].new_zeros(tokens, *outputs[0].shape[1:])
-        for block, rows in zip(blocks, outputs, strict=True):
-            out.index_copy_(0, block.tokens_N, rows.index_select(0, block.cells_N))
-        return out
+        out_T = outputs[0].new_empty(tokens, *outputs[0].shape[1:])
+        for block, cells in zip(blocks, outputs, strict=True):
+            out_T[block.tokens] = _drain(block, cells)
+        return out_T
 
     @staticmethod
     def backward(ctx: Any, grad_T: Tensor) -> tuple[Tensor | None, ...]:
-        grads: list[Tensor | None] = [None, None]
-        for block in ctx.blocks:
-            grad = grad_T.new_zeros(block.batch * block.length, *grad_T.shape[1:])
-            grads.append(grad.index_copy_(0, block.cells_N, grad_T.index_select(0, block.tokens_N)))
-        return tuple(grads)
+        return None, None, *(_fill(block, grad_T[block.tokens]) for block in ctx.blocks)
 
 
 class PackedSDPAttention(MegatronModule):
@@ -132,20 +145,16 @@ class PackedSDPAttention(MegatronModule):
             [T, A, D]
         """
         blocks = packed_seq_params.blocks
-        return _FromBlocks.apply(
-            query.shape[0], blocks, *(self._attend(query, key, value, block) for block in blocks)
-        )
+        inputs = zip(blocks, *(_ToBlocks.apply(x, blocks) for x in (query, key, value)), strict=True)
+        return _FromBlocks.apply(query.shape[0], blocks, *(self._attend(*part) for part in inputs))
 
-    def _attend(self, query: Tensor, key: Tensor, value: Tensor, block: Block) -> Tensor:
+    def _attend(self, block: Block, *inputs: Tensor) -> Tensor:
         # Padding lies behind the real tokens, where causal attention never looks.
-        q, k, v = (
-            _ToBlock.apply(x, block).view(block.batch, block.length, *x.shape[1:]).transpose(1, 2)
-            for x in (query, key, value)
-        )
+        q, k, v = (x.view(block.batch, block.length, *x.shape[1:]).transpose(1, 2) for x in inputs)
         out = F.scaled_dot_product_attention(
             q, k, v, is_causal=True, scale=self.softmax_scale, enable_gqa=q.shape[1] != k.shape[1]
         )
-        return out.transpose(1, 2).reshape(block.batch * block.length, *query.shape[1:])
+        return out.transpose(1, 2).flatten(0, 1)
 
     def sharded_state_dict(self, *_: Any, **__: Any) -> dict[str, Any]:
         """There is no state to save."""
