@@ -41,6 +41,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Runs the program; returns its exit code."""
     options = _parser().parse_args(arguments)
     console = Console(stderr=True)
+    torch.set_num_threads(1)  # it only copies and compares: more threads would wait for each other
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # what was written so far goes either way
     try:
         _run(options, console)

@@ -9,7 +9,8 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -43,8 +44,9 @@ from megatron_ztrl.weights.hf_checkpoint import (
 )
 from megatron_ztrl.weights.hf_mapping import Architecture, Head, ParallelLayout, hf_tensor_shapes
 
-BLOCK_BYTES = 32 << 20
-"""Of the rows that are read, compared or written to an HF checkpoint at a time."""
+BLOCK_BYTES = 8 << 20
+"""Of the rows that are read, compared or written to an HF checkpoint at a time. Larger blocks are slower: malloc
+gets their memory from the kernel each time, page by page."""
 IGNORED_SUFFIX = "rotary_emb.inv_freq"
 """Old checkpoints carry these; they follow from the configuration."""
 EMBEDDING = "embedding.word_embeddings.weight"
@@ -98,11 +100,14 @@ class Conversion:
                 self._verify(self.open_result(partial), lambda count: advance("verifying", count))
 
     def _verify(self, result: Reader, advance: Advance) -> None:
-        for block in _blocks(hf_tensor_shapes(self.architecture), self.dtype):
-            expected, found = self.source.read(block).to(self.dtype), result.read(block)
-            if not _bitwise_equal(found, expected):
-                raise RuntimeError(f"{block.tensor} was not written as it was read; the result is discarded")
-            advance(found.nbytes)
+        blocks = list(_blocks(hf_tensor_shapes(self.architecture), self.dtype))
+        with read_ahead(self.source, blocks) as source, read_ahead(result, blocks) as written:
+            for block, expected, found in zip(blocks, source, written, strict=True):
+                if not _bitwise_equal(found, expected.to(self.dtype)):
+                    raise RuntimeError(
+                        f"{block.tensor} was not written as it was read; the result is discarded"
+                    )
+                advance(found.nbytes)
 
 
 def hf_to_megatron(
@@ -182,10 +187,11 @@ def megatron_to_hf(
     def write(directory: Path, advance: Advance) -> None:
         shapes = hf_tensor_shapes(architecture)
         writer = HFCheckpointWriter(directory, shapes, chosen)
-        for block in _blocks(shapes, chosen):
-            tensor = reader.read(block).to(chosen)
-            writer.add(block.tensor, tensor)
-            advance(tensor.nbytes)
+        blocks = list(_blocks(shapes, chosen))
+        with read_ahead(reader, blocks) as tensors:
+            for block, tensor in zip(blocks, tensors, strict=True):
+                writer.add(block.tensor, tensor.to(chosen))
+                advance(tensor.nbytes)
         writer.close(template, **head_config(architecture))
 
     return Conversion(
@@ -195,6 +201,21 @@ def megatron_to_hf(
         write=write,
         open_result=lambda directory: HFCheckpointReader(directory, setting="the result"),
     )
+
+
+@contextmanager
+def read_ahead(reader: Reader, blocks: Sequence[TensorSlice]) -> Iterator[Iterator[torch.Tensor]]:
+    """The blocks one after the other; a thread reads the next one while the caller works on one."""
+    with ThreadPoolExecutor(max_workers=1) as thread:
+
+        def tensors() -> Iterator[torch.Tensor]:
+            upcoming = thread.submit(reader.read, blocks[0])
+            for block in blocks[1:]:
+                tensor, upcoming = upcoming.result(), thread.submit(reader.read, block)
+                yield tensor
+            yield upcoming.result()
+
+        yield tensors()
 
 
 @contextmanager
@@ -308,4 +329,7 @@ def _blocks(shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype) -> Iterat
 
 
 def _bitwise_equal(a: torch.Tensor, b: torch.Tensor) -> bool:
-    return a.dtype == b.dtype and torch.equal(a.view(torch.uint8), b.view(torch.uint8))
+    if a.dtype != b.dtype or a.shape != b.shape:
+        return False
+    words = torch.int64 if a.nbytes % torch.int64.itemsize == 0 else torch.uint8  # eight times as fast
+    return torch.equal(a.view(-1).view(words), b.view(-1).view(words))

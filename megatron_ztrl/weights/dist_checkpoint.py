@@ -13,16 +13,13 @@ import pickle
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, cast
 
 import torch
 from torch.distributed.checkpoint import (
-    DefaultLoadPlanner,
     DefaultSavePlanner,
     FileSystemReader,
     FileSystemWriter,
-    LoadPlan,
-    ReadItem,
     SavePlan,
     WriteItem,
 )
@@ -32,7 +29,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorProperties,
     TensorStorageMetadata,
 )
-from torch.distributed.checkpoint.planner import LoadItemType, TensorWriteData, WriteItemType
+from torch.distributed.checkpoint.planner import TensorWriteData, WriteItemType
 
 from megatron_ztrl.types import TensorSlice
 from megatron_ztrl.weights.global_tensors import (
@@ -124,11 +121,13 @@ class _StreamingPlanner(DefaultSavePlanner):
         if write_item.type is WriteItemType.BYTE_IO:
             return _empty_extra_state()
         chunk = self._chunks[write_item.index]
-        tensor = torch.zeros(chunk.sizes, dtype=self._dtype)  # rows that pad the vocabulary stay zero
+        tensor = torch.empty(chunk.sizes, dtype=self._dtype)
+        if chunk.has_padding:
+            tensor.zero_()
         weight = tensor[0] if chunk.is_stacked else tensor
         for start, piece in chunk.pieces:
             part = weight.narrow(piece.dim, start, piece.length)
-            part.copy_(self._source.read(piece))
+            self._source.read_into(piece, part)
             self._advance(part.nbytes)
         return tensor
 
@@ -213,22 +212,17 @@ class DistCheckpoint:
             target[_within(common, box)].copy_(block)
 
     def _load(self, chunk: _StoredChunk) -> torch.Tensor:
-        sizes = torch.Size(stop - start for start, stop in chunk.box)
-        nowhere = torch.Size([0] * len(sizes))
-        item = ReadItem(
-            type=LoadItemType.TENSOR,
-            dest_index=chunk.index,
-            dest_offsets=nowhere,
-            storage_index=chunk.index,
-            storage_offsets=nowhere,
-            lengths=sizes,
-        )
-        tensor = torch.empty(sizes, dtype=self.dtypes[chunk.index.fqn])
+        where = self._storage.storage_data[chunk.index]
+        sizes = [stop - start for start, stop in chunk.box]
         try:
-            self._storage.read_data(LoadPlan([item]), _OneTensor(tensor)).wait()
-        except (OSError, EOFError, RuntimeError, AssertionError, pickle.UnpicklingError) as error:
+            with (self._directory / where.relative_path).open("rb", buffering=0) as file:
+                section = cast(IO[bytes], _Section(file, where.offset, where.length))
+                tensor = torch.load(section, weights_only=True)
+        except (OSError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
             reason = str(error).splitlines()[0]
             raise ValueError(f"{self._directory}: {chunk.index.fqn} is damaged: {reason}") from error
+        if list(tensor.shape) != sizes or tensor.dtype is not self.dtypes[chunk.index.fqn]:
+            raise ValueError(f"{self._directory}: {chunk.index.fqn} is not what .metadata says of it")
         return tensor
 
     def _check_format(self) -> None:
@@ -301,18 +295,31 @@ class DistCheckpointReader:
         return block
 
 
-class _OneTensor(DefaultLoadPlanner):
-    """Reads one chunk into one tensor."""
+class _Section(io.RawIOBase):
+    """A part of a file as a file of its own: each tensor was written by a ``torch.save`` behind the others."""
 
-    def __init__(self, target: torch.Tensor) -> None:
-        super().__init__()
-        self._target = target
+    def __init__(self, file: io.RawIOBase, start: int, length: int) -> None:
+        self._file = file
+        self._start = start
+        self._length = length
+        file.seek(start)
 
-    def resolve_tensor(self, read_item: ReadItem) -> torch.Tensor:
-        return self._target
+    def readable(self) -> bool:
+        return True
 
-    def commit_tensor(self, read_item: ReadItem, tensor: torch.Tensor) -> None:
-        """It is where it belongs already."""
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._file.tell() - self._start
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        base = {io.SEEK_SET: 0, io.SEEK_CUR: self.tell(), io.SEEK_END: self._length}[whence]
+        return self._file.seek(self._start + base + offset) - self._start
+
+    def readinto(self, buffer: Any) -> int | None:
+        view = memoryview(buffer)
+        return self._file.readinto(view[: max(0, self._length - self.tell())])
 
 
 def _stored_chunks(key: str, metadata: TensorStorageMetadata) -> Iterator[_StoredChunk]:

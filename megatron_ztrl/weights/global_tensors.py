@@ -82,7 +82,9 @@ class Chunk:
     is_stacked: bool
     """Whether the first dimension is the layer; it is then 1 long here."""
     pieces: list[tuple[int, TensorSlice]]
-    """(where along the slice's dimension it starts in the chunk, the HF block); other rows are zero."""
+    """(where along the slice's dimension it starts in the chunk, the HF block)."""
+    has_padding: bool
+    """Whether there are rows in no piece, which are zero."""
 
 
 def rank_chunks(architecture: Architecture, layout: ParallelLayout, rank: int) -> Iterator[Chunk]:
@@ -202,6 +204,7 @@ def _chunk(param: str, shape: list[int], dim: int, run: Run, num_layers: int) ->
         sizes=(1, *sizes) if is_stacked else sizes,
         is_stacked=is_stacked,
         pieces=pieces,
+        has_padding=sum(piece.length for _, piece in pieces) < length,
     )
 
 

@@ -70,6 +70,16 @@ class HFCheckpointReader:
         Raises:
             ValueError: the checkpoint has no such tensor, or one of another shape.
         """
+        return self._file_with(piece).read(piece.tensor, piece.dim, piece.tensor_start, piece.length)
+
+    def read_into(self, piece: TensorSlice, target: torch.Tensor) -> None:
+        """Reads a block to where it belongs; without a copy if ``target`` is contiguous, of the same dtype."""
+        if target.is_contiguous() and target.dtype is self.dtype(piece.tensor):
+            self._file_with(piece).read_into(target, piece.tensor, piece.dim, piece.tensor_start)
+        else:
+            target.copy_(self.read(piece))
+
+    def _file_with(self, piece: TensorSlice) -> SafetensorsFile:
         if piece.tensor not in self._files:
             raise ValueError(f"{self._setting}: {self._directory} has no tensor {piece.tensor}")
         file = self._files[piece.tensor]
@@ -79,7 +89,7 @@ class HFCheckpointReader:
                 f"{self._setting}: {piece.tensor} has shape {shape} where config.json implies at least"
                 f" {piece.tensor_start + piece.length} in dimension {piece.dim}"
             )
-        return file.read(piece.tensor, piece.dim, piece.tensor_start, piece.length)
+        return file
 
     def _paths(self) -> dict[Path, set[str]]:
         """Every file, and the tensors that the index wants in it; no tensors where there is no index."""

@@ -21,6 +21,8 @@ _LENGTH_BYTES = 8
 """The file starts with the length of its header."""
 _ALIGNMENT = 8
 _MAX_HEADER_BYTES = 100 << 20
+_ROWS_BYTES = 4 << 20
+"""Read at a time where columns are wanted."""
 
 
 class SafetensorsFile:
@@ -63,19 +65,28 @@ class SafetensorsFile:
 
     def read(self, name: str, dim: int, start: int, length: int) -> torch.Tensor:
         """Rows (``dim`` 0) or columns (``dim`` 1 of a matrix) ``[start, start + length)`` of a tensor."""
+        shape = self.shapes[name]
+        block = torch.empty((*shape[:dim], length, *shape[dim + 1 :]), dtype=self.dtype(name))
+        self.read_into(block, name, dim, start)
+        return block
+
+    def read_into(self, target: torch.Tensor, name: str, dim: int, start: int) -> None:
+        """Like :meth:`read`, as many rows or columns as a contiguous tensor of the right dtype has."""
         _, shape, first, _ = self._tensors[name]
-        dtype = self.dtype(name)
-        assert 0 <= start <= start + length <= shape[dim], (name, dim, start, length, shape)
-        block = torch.empty((*shape[:dim], length, *shape[dim + 1 :]), dtype=dtype)
-        row_bytes = math.prod(shape[1:]) * dtype.itemsize
-        offset = self._data_start + first + start * (row_bytes if dim == 0 else dtype.itemsize)
+        assert target.dtype is self.dtype(name) and target.is_contiguous(), (name, target.dtype)
+        assert 0 <= start <= start + target.shape[dim] <= shape[dim], (name, dim, start, target.shape, shape)
+        row_bytes = math.prod(shape[1:]) * target.dtype.itemsize
         with self._path.open("rb", buffering=0) as file:
             if dim == 0:
-                self._fill(file.fileno(), _bytes_of(block), offset)
-            else:
-                for row, target in enumerate(block):
-                    self._fill(file.fileno(), _bytes_of(target), offset + row * row_bytes)
-        return block
+                self._fill(file.fileno(), _bytes_of(target), self._data_start + first + start * row_bytes)
+                return
+            # Whole rows, of which the columns are kept: a system call for each row takes longer.
+            rows = max(1, _ROWS_BYTES // row_bytes)
+            for row in range(0, shape[0], rows):
+                part = target[row : row + rows]
+                whole = torch.empty((part.shape[0], *shape[1:]), dtype=target.dtype)
+                self._fill(file.fileno(), _bytes_of(whole), self._data_start + first + row * row_bytes)
+                part.copy_(whole.narrow(1, start, target.shape[1]))
 
     def _fill(self, descriptor: int, target: memoryview, offset: int) -> None:
         while target:  # one call reads at most 2 GiB

@@ -127,8 +127,7 @@ def load_and_save(rank: int, scratch: Path, root: Path, work: Path) -> list[str]
                 parameter = trained.parameter(piece.param).narrow(piece.dim, piece.start, piece.length)
                 parameter.copy_(_noise(piece.tensor, piece.tensor_start, parameter.shape))
         trained.save_checkpoint(work / "run" / "checkpoints" / "step_000002" / name)
-        if hasattr(trained, "finish_checkpoint"):
-            trained.finish_checkpoint()
+        trained.finish_checkpoint()
         trained.export_hf(work / f"export-{name}")
         trained.close()
     return wrong
