@@ -119,7 +119,8 @@ def _logits(
 ) -> Iterator[tuple[slice, Tensor]]:
     """Each chunk with its [N, C] float32 logits, which the caller may overwrite."""
     for chunk in chunks:
-        yield chunk, (hidden_NH @ weight_VH[chunk].T).float().div_(temperature)
+        logits_NC = (hidden_NH @ weight_VH[chunk].T).float()
+        yield chunk, logits_NC if temperature == 1.0 else logits_NC.div_(temperature)
 
 
 def _targets_in(chunk: slice, local_N: Tensor) -> tuple[Tensor, Tensor]:

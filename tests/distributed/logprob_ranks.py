@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.utils._python_dispatch import TorchDispatchMode
 
 VOCAB_SIZE, PADDED_SIZE, HIDDEN_SIZE = 301, 304, 16
 
@@ -24,15 +25,18 @@ class Case:
     logit_scale: float = 1.0
 
 
-def measure(rank: int, scratch: Path, cases: dict[str, Case]) -> dict[str, dict[str, float]]:
-    """For each case the largest difference of each result from the plain path, relative to its largest value."""
+def measure(rank: int, scratch: Path, cases: dict[str, Case]) -> dict[str, tuple[dict[str, float], int]]:
+    """For each case the largest difference of each result from the plain path, relative to its largest value.
+
+    With it, the elements of the largest tensor that came up on the way.
+    """
     dist.init_process_group("gloo", init_method=f"file://{scratch / 'meeting'}", rank=rank, world_size=2)
     alone = [dist.new_group([0]), dist.new_group([1])][rank]
     groups = {1: alone, 2: dist.group.WORLD}
-    return {name: _gaps(case, groups[case.ranks]) for name, case in cases.items()}
+    return {name: _measure(case, groups[case.ranks]) for name, case in cases.items()}
 
 
-def _gaps(case: Case, group: Any) -> dict[str, float]:
+def _measure(case: Case, group: Any) -> tuple[dict[str, float], int]:
     from megatron_ztrl.trainer.logprobs import linear_logprobs
 
     random = torch.Generator().manual_seed(0)
@@ -47,21 +51,36 @@ def _gaps(case: Case, group: Any) -> dict[str, float]:
     size = PADDED_SIZE // case.ranks
     mine = slice(dist.get_rank(group) * size, (dist.get_rank(group) + 1) * size)
     hidden, part = hidden.requires_grad_(), weight[mine].clone().requires_grad_()
-    logprobs, entropies = linear_logprobs(
-        hidden,
-        part,
-        targets,
-        vocab_size=VOCAB_SIZE,
-        temperature=case.temperature,
-        group=group,
-        max_chunk_bytes=case.max_chunk_bytes,
-    )
-    logprobs.backward(grad)
+    with _LargestTensor() as largest:
+        logprobs, entropies = linear_logprobs(
+            hidden,
+            part,
+            targets,
+            vocab_size=VOCAB_SIZE,
+            temperature=case.temperature,
+            group=group,
+            max_chunk_bytes=case.max_chunk_bytes,
+        )
+        logprobs.backward(grad)
     assert not entropies.requires_grad and part.grad.dtype == hidden.grad.dtype == case.dtype
     found = [logprobs.detach(), entropies, hidden.grad, part.grad]
     expected[3] = expected[3][mine]
     names = ["logprobs", "entropies", "grad_hidden", "grad_weight"]
-    return {name: _gap(a, b) for name, a, b in zip(names, found, expected, strict=True)}
+    gaps = {name: _gap(a, b) for name, a, b in zip(names, found, expected, strict=True)}
+    return gaps, largest.elements
+
+
+class _LargestTensor(TorchDispatchMode):
+    """Sees the result of every operation, those of the backward pass too."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for leaf in torch.utils._pytree.tree_leaves(result):
+            if isinstance(leaf, torch.Tensor):
+                self.elements = max(self.elements, leaf.numel())
+        return result
 
 
 def _plain(

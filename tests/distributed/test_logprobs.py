@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from launcher import launch
-from logprob_ranks import Case, measure
+from logprob_ranks import HIDDEN_SIZE, PADDED_SIZE, Case, measure
 
 CASES = {
     "two-ranks": Case(),
@@ -19,13 +19,21 @@ LARGE = {"large-logits": Case(logit_scale=50.0), "large-logits-one-rank": Case(l
 BFLOAT16 = {"bfloat16": Case(dtype=torch.bfloat16)}
 
 
+MANY_ROWS = {"many-rows": Case(rows=60, ranks=1, max_chunk_bytes=60 * 64 * 4)}
+
+
 @pytest.fixture(scope="module")
-def gaps() -> dict[str, dict[str, float]]:
-    """By case and result, the largest relative gap on any rank."""
-    by_rank = launch(measure, 2, CASES | LARGE | BFLOAT16)
+def measured() -> list[dict[str, tuple[dict[str, float], int]]]:
+    """By rank and case, the relative gap of each result, and the elements of the largest tensor."""
+    return launch(measure, 2, CASES | LARGE | BFLOAT16 | MANY_ROWS)
+
+
+@pytest.fixture(scope="module")
+def gaps(measured: list[dict[str, tuple[dict[str, float], int]]]) -> dict[str, dict[str, float]]:
+    """By case and result, the largest gap on any rank."""
     return {
-        name: {result: max(ranks[name][result] for ranks in by_rank) for result in by_rank[0][name]}
-        for name in by_rank[0]
+        case: {result: max(ranks[case][0][result] for ranks in measured) for result in found}
+        for case, (found, _) in measured[0].items()
     }
 
 
@@ -43,3 +51,10 @@ def test_logits_whose_exp_would_overflow_cost_only_their_own_rounding(
 
 def test_bfloat16_loses_no_more_than_the_rounding_of_its_logits(gaps: dict[str, dict[str, float]]) -> None:
     assert max(gaps["bfloat16"].values()) < 2e-2, gaps["bfloat16"]
+
+
+def test_no_tensor_is_larger_than_the_weights_however_many_rows_there_are(
+    measured: list[dict[str, tuple[dict[str, float], int]]],
+) -> None:
+    _, largest = measured[0]["many-rows"]
+    assert largest == PADDED_SIZE * HIDDEN_SIZE  # the weight's gradient; all logits would be 60 * PADDED_SIZE
