@@ -43,7 +43,8 @@ from megatron_ztrl.weights.hf_mapping import Architecture
 FULL = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
 ATTENTION = {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]}
 MLP = {"recompute_granularity": "selective", "recompute_modules": ["core_attn", "mlp"]}
-SEQUENCES = 4
+EVEN, UNEVEN = (0.25, 0.25, 0.25, 0.25), (0.45, 0.3, 0.15, 0.1)
+"""Lengths of the sequences of a microbatch, as shares of it."""
 TRAINED_SHARE = 0.5
 
 
@@ -59,6 +60,7 @@ class Case:
     dtype: str = "bfloat16"
     tokens: int = 1024
     microbatches: int = 1
+    lengths: tuple[float, ...] = EVEN
     tp: int = 1
     pp: int = 1
     vp: int = 1
@@ -104,6 +106,7 @@ CASES = [
     Case(name="float32", dtype="float32"),
     Case(name="bfloat16"),
     Case(name="bfloat16, 4 microbatches", microbatches=4),
+    Case(name="sequences of all lengths", lengths=UNEVEN),
     Case(name="more layers", layers=8),
     Case(name="wider", hidden=512, tokens=512),
     Case(name="large vocabulary", vocab=32768),
@@ -202,19 +205,20 @@ def measure_peak(case: Case, rank: int, init_method: str) -> int:
 
 
 def _batch(case: Case) -> PackedBatch:
-    """Full microbatches of equal sequences, of which the last part is trained."""
-    length = case.tokens // SEQUENCES
+    """Full microbatches; the last part of every sequence is trained."""
     random = np.random.default_rng(0)
-    mask = [position >= length * (1 - TRAINED_SHARE) for position in range(length)]
+    lengths = [round(case.tokens * share) for share in case.lengths[:-1]]
+    lengths.append(case.tokens - sum(lengths))
     samples = [
         TrainingSample(
             token_ids=random.integers(0, case.vocab, length).tolist(),
-            loss_mask=mask,
+            loss_mask=[position >= length * (1 - TRAINED_SHARE) for position in range(length)],
             rollout_logprobs=[0.0] * length,
             reward=0.0,
             group_id=0,
         )
-        for _ in range(SEQUENCES * case.microbatches)
+        for _ in range(case.microbatches)
+        for length in lengths
     ]
     batch = pack(samples, max_tokens_per_microbatch=case.tokens, data_parallel_size=1)
     zeros = [[np.zeros(case.tokens, dtype=np.float32) for _ in rank] for rank in batch.microbatches]

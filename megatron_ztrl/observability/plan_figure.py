@@ -91,7 +91,13 @@ def _stack(axes: Axes, bars: Sequence[tuple[str, Mapping[str, float]]], right: f
                 axes.text(left + amount / 2, row, text, ha="center", va="center", color=ink, fontsize=8)
             left += amount
         axes.annotate(
-            form.format(left), (left, row), (5, 0), textcoords="offset points", va="center", fontweight="bold"
+            form.format(left),
+            (left, row),
+            (5, 0),
+            textcoords="offset points",
+            va="center",
+            fontweight="bold",
+            bbox={"facecolor": "white", "edgecolor": "none", "pad": 1},  # over the line of the limit
         )
     axes.set_xlim(0, right)
     axes.set_ylim(len(bars) - 0.4, -0.9)

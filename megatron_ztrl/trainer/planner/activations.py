@@ -83,11 +83,19 @@ class _Shape:
         return kept * self.h / self.s
 
     def attention_bytes(self) -> float:
-        """Queries, keys, values, the output, and one float32 per head."""
-        bytes_ = self.b * (2 * self.q + 2 * self.k) + FLOAT32_BYTES * self.heads
+        """Rotated queries and keys, the fused projection that the values are a view of, the output, the sums.
+
+        Where the attention pads sequences to one length it copies the values, and the projection goes: then this
+        is a little more than it takes.
+        """
+        bytes_ = self.b * (self.kept_inputs() + self.q) + FLOAT32_BYTES * self.heads
         if self.backend == "local":  # the output again, back in packed order; the rotary tables of each layer
             bytes_ += self.b * (self.q + 4 * self.head_size)
         return bytes_
+
+    def kept_inputs(self) -> float:
+        """Columns of queries, keys and values, before and after the rotation of the first two."""
+        return 2 * self.q + 3 * self.k
 
     def mlp_bytes(self) -> float:
         """Gate and up, their product; without a fused kernel also the activation and a copy of up."""
@@ -102,7 +110,7 @@ def layer_bytes_per_token(shape: _Shape, recomputed: frozenset[str]) -> float:
     attention = shape.attention_bytes()
     if "core_attn" in recomputed and shape.backend == "local":
         # Kept are its packed inputs, not the padded copies, and the output that the projection reads.
-        attention = shape.b * (2 * shape.q + 2 * shape.k + 4 * shape.head_size)
+        attention = shape.b * (shape.kept_inputs() + shape.q + 4 * shape.head_size)
     return norms + attention + (0.0 if "mlp" in recomputed else shape.mlp_bytes())
 
 
