@@ -30,7 +30,7 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
-from megatron_ztrl.weights.convert import Conversion, hf_to_megatron, megatron_to_hf
+from megatron_ztrl.weights.convert import Conversion, check_target, hf_to_megatron, megatron_to_hf
 from megatron_ztrl.weights.describe import Field, shown
 from megatron_ztrl.weights.hf_mapping import ParallelLayout
 
@@ -58,8 +58,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _run(options: argparse.Namespace, console: Console) -> None:
-    if options.target.exists():
-        raise ValueError(f"{options.target} exists already; remove it, or choose another output")
+    check_target(options.target)
     dtype = DTYPES[options.dtype] if options.dtype else None
     if options.direction == "hf-to-megatron":
         layout = ParallelLayout(tensor_size=options.tp, pipeline_size=options.pp, virtual_size=options.vp)

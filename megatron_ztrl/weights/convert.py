@@ -218,17 +218,22 @@ def read_ahead(reader: Reader, blocks: Sequence[TensorSlice]) -> Iterator[Iterat
         yield tensors()
 
 
-@contextmanager
-def written_whole(target: Path) -> Iterator[Path]:
-    """A directory beside ``target`` that gets its name if all goes well, and is removed otherwise.
+def check_target(target: Path) -> None:
+    """Checks that a conversion can make ``target``.
 
     Raises:
-        ValueError: ``target`` exists, or its parent does not.
+        ValueError: it exists, or its parent does not.
     """
     if target.exists() or target.is_symlink():
         raise ValueError(f"{target} exists already; remove it, or choose another output")
     if not target.parent.is_dir():
         raise ValueError(f"{target.parent} is not a directory; the output cannot be made in it")
+
+
+@contextmanager
+def written_whole(target: Path) -> Iterator[Path]:
+    """A directory beside ``target`` that gets its name if all goes well, and is removed otherwise."""
+    check_target(target)
     partial = target.with_name(f".{target.name}.partial-{os.getpid()}")
     partial.mkdir()
     try:
@@ -271,11 +276,16 @@ def _recorded_source(checkpoint: Path) -> Path | None:
     run_config = checkpoint.absolute().parent.parent.parent / CONFIG_FILE
     if not run_config.is_file():
         return None
-    config = yaml.safe_load(run_config.read_text())
-    path = config["model"]["path"]
-    if checkpoint.name == "critic":
-        path = config.get("critic", {}).get("path") or path
-    return Path(path) if (Path(path) / "config.json").is_file() else None
+    try:
+        config = yaml.safe_load(run_config.read_text())
+    except yaml.YAMLError as error:
+        raise ValueError(f"{run_config} is damaged: {str(error).splitlines()[0]}") from error
+    if not isinstance(config, dict):
+        return None
+    sections = ("critic", "model") if checkpoint.name == "critic" else ("model",)
+    paths = [(config.get(section) or {}).get("path") for section in sections]
+    path = next((Path(path) for path in paths if path), None)
+    return path if path is not None and (path / "config.json").is_file() else None
 
 
 def _check_hf_tensors(reader: HFCheckpointReader, architecture: Architecture) -> None:

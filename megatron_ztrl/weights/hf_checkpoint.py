@@ -17,6 +17,8 @@ from megatron_ztrl.weights.safetensors_file import SafetensorsFile, SafetensorsW
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
+INDEX_NAMES = (INDEX_NAME, ".metadata", "metadata.json")
+"""Files that describe weight files: of an HF checkpoint, and of a Megatron checkpoint."""
 MAX_FILE_BYTES = 4 << 30
 NOT_COPIED = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".distcp"}
 """Suffixes of weight files: an export copies every other top-level file of its source."""
@@ -206,7 +208,7 @@ def head_config(architecture: Architecture) -> dict[str, Any]:
 def copy_all_but_weights(source: Path, target: Path) -> None:
     """Copies config.json, the tokenizer files, and whatever else lies beside the weights."""
     for path in source.iterdir():
-        if path.is_file() and path.suffix not in NOT_COPIED and path.name not in (INDEX_NAME, ".metadata"):
+        if path.is_file() and path.suffix not in NOT_COPIED and path.name not in INDEX_NAMES:
             shutil.copyfile(path, target / path.name)
 
 
