@@ -10,7 +10,7 @@ ARGS ?=
 export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help env quickstart test test-unit test-all lint format type bench gpu-setup clean
+.PHONY: help env quickstart test test-unit test-all lint format type bench parity gpu-setup clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -48,6 +48,9 @@ bench: env  ## every program in benchmarks/, one after the other
 	@for program in $(wildcard benchmarks/[a-z]*.py); do \
 		echo "== $$program"; $(VENV)/python $$program $(ARGS) || exit 1; \
 	done
+
+parity: env  ## compare with transformers under every layout, up to 8 processes, and write docs/parity.md
+	@$(VENV)/python benchmarks/parity.py $(ARGS)
 
 gpu-setup:  ## the virtual environment for NVIDIA GPUs (needs the CUDA 13 toolkit; see Dockerfile)
 	@$(PYTHON) tools/make_env.py --profile gpu

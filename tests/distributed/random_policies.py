@@ -49,7 +49,6 @@ CHECKPOINTS = {
     "qwen2-tied": Checkpoint(family="Qwen2", options=TIED),
     "llama": Checkpoint(family="Llama", options=UNTIED),
     "llama-tied": Checkpoint(family="Llama", options=TIED),
-    "qwen3": Checkpoint(family="Qwen3", options=UNTIED | {"head_dim": 32}),
     "qwen3-tied": Checkpoint(family="Qwen3", options=TIED | {"head_dim": 32}),
     "qwen2-deep": Checkpoint(family="Qwen2", options=UNTIED | DEEP),
     "qwen3-deep-tied": Checkpoint(family="Qwen3", options=TIED | DEEP | {"head_dim": 16}),
