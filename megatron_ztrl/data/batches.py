@@ -15,6 +15,7 @@ from megatron_ztrl.data.packing import (
     pack,
     split_minibatches,
     spread_trained,
+    token_multiple,
     trained_values,
     with_per_token,
 )
@@ -59,8 +60,8 @@ def pack_minibatches(
         minibatches.append(
             Minibatch(
                 samples=chosen,
-                actor=_pack(chosen, config.actor),
-                critic=_pack(chosen, config.critic) if has_critic else None,
+                actor=_pack(chosen, config, config.actor),
+                critic=_pack(chosen, config, config.critic) if has_critic else None,
             )
         )
     return minibatches
@@ -158,12 +159,12 @@ def logprob_gap(batch: PackedBatch) -> float:
     )
 
 
-def _pack(samples: Sequence[TrainingSample], world: WorldConfig) -> PackedBatch:
+def _pack(samples: Sequence[TrainingSample], config: Config, world: WorldConfig) -> PackedBatch:
     return pack(
         samples,
         max_tokens_per_microbatch=world.max_tokens_per_microbatch,
         data_parallel_size=world.data_parallel_size,
-        pad_to_multiple=world.tensor_parallel_size if world.sequence_parallel else 1,
+        pad_to_multiple=token_multiple(world, config.megatron.transformer),
     )
 
 

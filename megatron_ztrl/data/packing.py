@@ -11,11 +11,13 @@ from __future__ import annotations
 
 import bisect
 import heapq
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 
+from megatron_ztrl.config.schema import WorldConfig
 from megatron_ztrl.types import TrainingSample
 
 
@@ -51,6 +53,22 @@ class PackedBatch:
     """Sum of all loss masks: the denominator of the token-level loss."""
 
 
+def token_multiple(world: WorldConfig, transformer: Mapping[str, Any]) -> int:
+    """What the tokens of a microbatch must be a multiple of.
+
+    Sequence parallelism spreads them over the tensor-parallel ranks, and FP8 kernels take 16 rows (mxfp8: 32) of
+    what each rank has.
+
+    Args:
+        world: The layout.
+        transformer: ``megatron.transformer``.
+    """
+    ranks = world.tensor_parallel_size if world.sequence_parallel else 1
+    if not transformer.get("fp8"):
+        return ranks
+    return ranks * (32 if transformer.get("fp8_recipe") == "mxfp8" else 16)
+
+
 def pack(
     samples: Sequence[TrainingSample],
     *,
@@ -67,8 +85,7 @@ def pack(
         samples: Indexed by ``Microbatch.sample_indices``.
         max_tokens_per_microbatch: Budget of a microbatch, its padding included.
         data_parallel_size: Number of ranks to spread over.
-        pad_to_multiple: Every microbatch has a multiple of this many tokens (the tensor parallel size under
-            sequence parallelism, or what an FP8 kernel wants).
+        pad_to_multiple: Every microbatch has a multiple of this many tokens (``token_multiple``).
 
     Raises:
         ValueError: No samples, or one that does not fit the budget.

@@ -100,7 +100,9 @@ class EngineServer:
         assert not self.alive, "already started"
         self._port = self._reserve(self._port)
         arguments = {**self._arguments, "host": self._host, "port": self._port}
-        if arguments.get("nccl_port") is None:  # SGLang would pick a free one, and bind it half a minute later
+        if (
+            arguments.get("nccl_port") is None
+        ):  # SGLang would pick a free one, and bind it half a minute later
             arguments["nccl_port"] = self._reserve(None)
         command = [sys.executable, "-m", "sglang.launch_server", *_command_line(arguments)]
         self._log_path.parent.mkdir(parents=True, exist_ok=True)

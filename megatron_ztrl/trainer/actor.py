@@ -52,7 +52,7 @@ class PolicyRank(MegatronRank):
         Returns:
             ``len(token_ids) - 1`` numbers in nats on output ranks, None elsewhere.
         """
-        microbatches = self._to_device([one_sequence(token_ids, self._layout.tensor_size)])
+        microbatches = self._to_device([one_sequence(token_ids, self._token_multiple)])
         results = forward_logprobs(self._models, microbatches, self._architecture.vocab_size, temperature=1.0)
         return results[0][: len(token_ids) - 1].tolist() if self.is_output_rank else None
 

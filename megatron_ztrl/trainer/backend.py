@@ -125,16 +125,8 @@ _FP8_NEEDS: dict[str, tuple[tuple[int, int], str]] = {
 
 
 def fp8_alignment(config: TransformerConfig) -> int:
-    """What both sides of every FP8 matrix, tokens included, must be a multiple of; 1 without FP8."""
+    """What both sides of every FP8 matrix must be a multiple of; 1 without FP8. ``data.packing`` sees to the tokens."""
     return get_fp8_align_size(config.fp8_recipe) if config.fp8 else 1
-
-
-def token_multiple(config: TransformerConfig) -> int:
-    """What the tokens of a microbatch must be a multiple of.
-
-    Under sequence parallelism each rank quantises its own part of them before it is gathered.
-    """
-    return fp8_alignment(config) * (config.tensor_model_parallel_size if config.sequence_parallel else 1)
 
 
 def _check_fp8_shapes(config: TransformerConfig, multiple: int) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 from torch import Tensor
 
 from megatron_ztrl.config.schema import Config, WorldConfig
-from megatron_ztrl.data.packing import Microbatch
+from megatron_ztrl.data.packing import Microbatch, token_multiple
 from megatron_ztrl.trainer.cpu_compat import cuda_calls
 
 cuda_calls.install()  # before the modules below bind what it replaces
@@ -65,6 +65,7 @@ class MegatronRank:
         self._place = self._layout.place(rank)
         self._source = source
         self._architecture = architecture
+        self._token_multiple = token_multiple(world, config.megatron.transformer)
         self._pending_save: PendingSave | None = None
         self._backend = choose_backend(config.model.backend)
         setup.init_distributed(self._layout, rank, init_method, config.run.seed)
@@ -188,9 +189,8 @@ class MegatronRank:
         return rate
 
     def _to_device(self, microbatches: list[Microbatch]) -> list[DeviceMicrobatch]:
-        size = self._layout.tensor_size
-        if self._world.sequence_parallel:
-            assert all(mb.input_ids_T.size % size == 0 for mb in microbatches), "T must divide by TP"
+        size = self._token_multiple
+        assert all(mb.input_ids_T.size % size == 0 for mb in microbatches), f"T must be a multiple of {size}"
         if self._layout.virtual_size > 1:
             # The interleaved schedule wants a multiple of the pipeline stages.
             nothing = dict.fromkeys(microbatches[0].per_token, np.zeros(size, dtype=np.float32))

@@ -19,12 +19,12 @@ from megatron.core.enums import Fp8Recipe  # noqa: E402
 from megatron.core.transformer.transformer_config import TransformerConfig  # noqa: E402
 from planner_ranks import Case  # noqa: E402
 
+from megatron_ztrl.data.packing import token_multiple  # noqa: E402
 from megatron_ztrl.trainer.backend import (  # noqa: E402
     check_support,
     choose_backend,
     fp8_alignment,
     platform_options,
-    token_multiple,
 )
 from megatron_ztrl.trainer.setup import transformer_config  # noqa: E402
 from megatron_ztrl.weights.hf_mapping import Architecture, Backend  # noqa: E402
@@ -215,13 +215,15 @@ def test_fp8_wants_shapes_that_its_kernels_take() -> None:
     [("blockwise", 1, 16, 16), ("blockwise", 2, 16, 32), ("mxfp8", 1, 32, 32), ("mxfp8", 2, 32, 64)],
 )
 def test_microbatches_are_padded_to_what_fp8_needs(recipe: str, tp: int, align: int, tokens: int) -> None:
-    config = fp8(recipe, dataclasses.replace(QWEN, tp=tp))
-    assert (fp8_alignment(config), token_multiple(config)) == (align, tokens)
+    case = dataclasses.replace(QWEN, tp=tp, transformer={"fp8": "hybrid", "fp8_recipe": recipe})
+    config = case.config()
+    assert fp8_alignment(built(case, "te")) == align
+    assert token_multiple(config.actor, config.megatron.transformer) == tokens
 
 
 def test_without_fp8_only_sequence_parallelism_pads() -> None:
-    assert token_multiple(built(QWEN, "local")) == 1
-    assert token_multiple(built(dataclasses.replace(QWEN, tp=2), "local")) == 2
+    assert token_multiple(QWEN.config().actor, {}) == 1
+    assert token_multiple(dataclasses.replace(QWEN, tp=2).config().actor, {}) == 2
 
 
 @pytest.mark.parametrize(
