@@ -94,7 +94,14 @@ def write_dist_checkpoint(
     plans, metadata = planner.create_global_plan(plans)
     writer = FileSystemWriter(directory)
     writer.set_up_storage_writer(True)
-    results = [writer.write_data(plan, planner).wait() for plan in writer.prepare_global_plan(plans)]
+    try:
+        results = [writer.write_data(plan, planner).wait() for plan in writer.prepare_global_plan(plans)]
+    except RuntimeError as error:
+        # torch.save completes its archive even after Ctrl-C or on a full disk, and fails at that in turn.
+        cause: BaseException | None = error
+        while cause is not None and not isinstance(cause, KeyboardInterrupt | OSError):
+            cause = cause.__context__
+        raise cause or error from None
     writer.finish(metadata, results)
     torch.save(COMMON, directory / "common.pt")
     (directory / METADATA_NAME).write_text(json.dumps(FORMAT))
