@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 from megatron_ztrl.config.schema import Config, WorldConfig
-from megatron_ztrl.weights.hf_mapping import Architecture, ParallelLayout
+from megatron_ztrl.weights.hf_mapping import Architecture, LayoutKeys, ParallelLayout, check_layout
 
 
 def resolve_checkpoint(path: str) -> Path:
@@ -76,7 +76,7 @@ def check_topology(config: Config) -> None:
     policy = read_architecture(resolve_checkpoint(config.model.path))
     if policy.head != "language":
         raise ValueError(f"model.path: {config.model.path} is a critic, it has no language-model head")
-    check_layout("actor", config.actor, policy)
+    check_world("actor", config.actor, policy)
     if config.algorithm.advantage != "gae":
         return
     critic = read_architecture(critic_checkpoint(config))
@@ -85,32 +85,20 @@ def check_topology(config: Config) -> None:
             f"critic.path: a vocabulary of {critic.vocab_size} tokens, where the policy's has"
             f" {policy.vocab_size}: the critic must read the policy's tokens"
         )
-    check_layout("critic", config.critic, critic)
+    check_world("critic", config.critic, critic)
 
 
-def check_layout(section: str, world: WorldConfig, architecture: Architecture) -> None:
+def check_world(section: str, world: WorldConfig, architecture: Architecture) -> None:
     """Checks that a model can be cut the way its section says.
 
     Raises:
         ValueError: one line with the config path and the fix.
     """
-    layout = parallel_layout(world)
-    for what, size in (
-        ("attention heads", architecture.num_heads),
-        ("key-value groups", architecture.num_kv_groups),
-        ("feed-forward columns", architecture.ffn_size),
-    ):
-        if size % layout.tensor_size:
-            raise ValueError(
-                f"{section}.tensor_parallel_size: {layout.tensor_size} does not divide the model's {size} {what}"
-            )
-    stages = layout.pipeline_size * layout.virtual_size
-    if architecture.num_layers % stages:
-        raise ValueError(
-            f"{section}.pipeline_parallel_size: {stages} pipeline stages (virtual ones included) do not divide"
-            f" the model's {architecture.num_layers} layers"
-        )
-    if layout.virtual_size > 1 and layout.pipeline_size == 1:
-        raise ValueError(f"{section}.virtual_pipeline_size: needs {section}.pipeline_parallel_size > 1")
-    if world.sequence_parallel and layout.tensor_size == 1:
+    keys = LayoutKeys(
+        tensor=f"{section}.tensor_parallel_size",
+        pipeline=f"{section}.pipeline_parallel_size",
+        virtual=f"{section}.virtual_pipeline_size",
+    )
+    check_layout(architecture, parallel_layout(world), keys)
+    if world.sequence_parallel and world.tensor_parallel_size == 1:
         raise ValueError(f"{section}.sequence_parallel: needs {section}.tensor_parallel_size > 1")

@@ -35,14 +35,20 @@ from megatron_ztrl.weights.dist_checkpoint import (
     DistCheckpointReader,
     write_dist_checkpoint,
 )
-from megatron_ztrl.weights.global_tensors import check_layout
 from megatron_ztrl.weights.hf_checkpoint import (
     HFCheckpointReader,
     HFCheckpointWriter,
     copy_all_but_weights,
     head_config,
 )
-from megatron_ztrl.weights.hf_mapping import Architecture, Head, ParallelLayout, hf_tensor_shapes
+from megatron_ztrl.weights.hf_mapping import (
+    Architecture,
+    Head,
+    LayoutKeys,
+    ParallelLayout,
+    check_layout,
+    hf_tensor_shapes,
+)
 
 BLOCK_BYTES = 8 << 20
 """Of the rows that are read, compared or written to an HF checkpoint at a time. Larger blocks are slower: malloc
@@ -125,7 +131,7 @@ def hf_to_megatron(
         ValueError: the checkpoint is damaged or not supported, or cannot be cut like this.
     """
     architecture = _read_architecture(source)
-    check_layout(architecture, layout)
+    check_layout(architecture, layout, LayoutKeys(tensor="--tp", pipeline="--pp", virtual="--vp"))
     reader = HFCheckpointReader(source, setting="HF_DIR")
     _agree(
         {

@@ -122,29 +122,6 @@ def extra_state_keys(architecture: Architecture, layout: ParallelLayout, rank: i
                 yield f"decoder.layers.{module}._extra_state/shard_{layer}_{architecture.num_layers}"
 
 
-def check_layout(architecture: Architecture, layout: ParallelLayout) -> None:
-    """Checks that a model can be cut like this.
-
-    Raises:
-        ValueError: one line that says what does not divide what.
-    """
-    for what, size in (
-        ("attention heads", architecture.num_heads),
-        ("key-value groups", architecture.num_kv_groups),
-        ("feed-forward columns", architecture.ffn_size),
-    ):
-        if size % layout.tensor_size:
-            raise ValueError(f"--tp {layout.tensor_size} does not divide the model's {size} {what}")
-    stages = layout.pipeline_size * layout.virtual_size
-    if architecture.num_layers % stages:
-        raise ValueError(
-            f"--pp {layout.pipeline_size} x --vp {layout.virtual_size} stages do not divide the model's"
-            f" {architecture.num_layers} layers"
-        )
-    if layout.virtual_size > 1 and layout.pipeline_size == 1:
-        raise ValueError("--vp needs --pp > 1")
-
-
 def intersection(a: Box, b: Box) -> Box | None:
     """What two blocks have in common; None for nothing."""
     common = tuple((max(p, r), min(q, s)) for (p, q), (r, s) in zip(a, b, strict=True))

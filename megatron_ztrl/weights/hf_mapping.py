@@ -176,6 +176,38 @@ class ParallelLayout:
         return (chunk * self.pipeline_size + pipeline_rank) * per_chunk
 
 
+@dataclass(frozen=True, kw_only=True)
+class LayoutKeys:
+    """What the user calls the sizes of a layout."""
+
+    tensor: str
+    pipeline: str
+    virtual: str
+
+
+def check_layout(architecture: Architecture, layout: ParallelLayout, keys: LayoutKeys) -> None:
+    """Checks that a model can be cut like this.
+
+    Raises:
+        ValueError: one line that begins with the key that does not fit.
+    """
+    for what, size in (
+        ("attention heads", architecture.num_heads),
+        ("key-value groups", architecture.num_kv_groups),
+        ("feed-forward columns", architecture.ffn_size),
+    ):
+        if size % layout.tensor_size:
+            raise ValueError(f"{keys.tensor}: {layout.tensor_size} does not divide the model's {size} {what}")
+    stages = layout.pipeline_size * layout.virtual_size
+    if architecture.num_layers % stages:
+        raise ValueError(
+            f"{keys.pipeline}: {stages} pipeline stages (virtual ones included) do not divide the model's"
+            f" {architecture.num_layers} layers"
+        )
+    if layout.virtual_size > 1 and layout.pipeline_size == 1:
+        raise ValueError(f"{keys.virtual}: needs {keys.pipeline} > 1")
+
+
 def megatron_slices(
     architecture: Architecture, layout: ParallelLayout, rank: int, *, backend: Backend
 ) -> list[TensorSlice]:

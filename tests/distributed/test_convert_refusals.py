@@ -71,9 +71,13 @@ BAD_HF: dict[str, tuple[Callable[[Path], Any], list[Any], str]] = {
         [],
         "mixes float16, float32; choose one with --dtype",
     ),
-    "tp": (lambda d: None, ["--tp", 4], "--tp 4 does not divide the model's 2 key-value groups"),
-    "pp": (lambda d: None, ["--pp", 3], "--pp 3 x --vp 1 stages do not divide the model's 4 layers"),
-    "vp": (lambda d: None, ["--vp", 2], "--vp needs --pp > 1"),
+    "tp": (lambda d: None, ["--tp", 4], "--tp: 4 does not divide the model's 2 key-value groups"),
+    "pp": (
+        lambda d: None,
+        ["--pp", 3],
+        "--pp: 3 pipeline stages (virtual ones included) do not divide the model's 4 layers",
+    ),
+    "vp": (lambda d: None, ["--vp", 2], "--vp: needs --pp > 1"),
 }
 
 

@@ -86,5 +86,5 @@ def test_gae_with_lambda_zero_looks_one_model_token_ahead():
 
 
 def test_whitening_leaves_equal_values_at_zero():
-    assert whiten(torch.tensor([1.0, 2.0, 3.0])).tolist() == pytest.approx([-1.5**0.5, 0.0, 1.5**0.5])
+    assert whiten(torch.tensor([1.0, 2.0, 3.0])).tolist() == pytest.approx([-(1.5**0.5), 0.0, 1.5**0.5])
     assert whiten(torch.full((4,), 0.1)).abs().max().item() < 1e-6

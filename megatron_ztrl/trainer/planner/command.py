@@ -13,7 +13,7 @@ from rich.console import Console
 from megatron_ztrl.config.schema import Config
 from megatron_ztrl.trainer.planner.hardware import Hardware
 from megatron_ztrl.trainer.planner.models import PRESETS
-from megatron_ztrl.trainer.topology import check_layout, read_architecture
+from megatron_ztrl.trainer.topology import check_world, read_architecture
 from megatron_ztrl.weights.hf_mapping import Architecture
 
 SUGGESTIONS = 5
@@ -42,9 +42,9 @@ def run_plan(config: Config, options: Options) -> None:
     """
     name, policy = find_architecture(options.model or config.model.path)
     critic = policy if config.critic.path is None else find_architecture(config.critic.path)[1]
-    check_layout("actor", config.actor, policy)
+    check_world("actor", config.actor, policy)
     if config.algorithm.advantage == "gae":
-        check_layout("critic", config.critic, critic)
+        check_world("critic", config.critic, critic)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Megatron's about optional packages, at import
         from megatron_ztrl.trainer.planner.layouts import least_gpus, suggest

@@ -22,7 +22,7 @@ from megatron_ztrl.trainer.planner.engine import (
 from megatron_ztrl.trainer.planner.plan import Plan, Subject, make_plan, training_worlds
 from megatron_ztrl.trainer.planner.states import MAIN_WEIGHT_BYTES, MOMENT_BYTES, StageStates
 from megatron_ztrl.trainer.planner.step_time import MAIN_GRADIENT_BYTES
-from megatron_ztrl.trainer.topology import check_layout, parallel_layout
+from megatron_ztrl.trainer.topology import check_world, parallel_layout
 from megatron_ztrl.weights.hf_mapping import Architecture
 
 TENSOR_SIZES = (1, 2, 4, 8)
@@ -99,7 +99,7 @@ def _worlds(config: Config, subject: Subject, gpus: int) -> Iterator[Config]:
 
 def _can_be_cut(world: WorldConfig, architecture: Architecture) -> bool:
     try:
-        check_layout("actor", world, architecture)
+        check_world("actor", world, architecture)
     except ValueError:
         return False
     return True
