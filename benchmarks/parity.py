@@ -32,6 +32,7 @@ from cases import (  # noqa: E402
     FOUR_RANK_CASES,
     FOUR_RANK_CRITICS,
     TWO_RANK_CASES,
+    TWO_RANK_CASES_OF_THE_TABLE,
     TWO_RANK_CRITICS,
     Case,
 )
@@ -42,7 +43,7 @@ from ranks import run_parity_cases  # noqa: E402
 from reference import prepare  # noqa: E402
 
 LAUNCHES = {
-    2: [*TWO_RANK_CASES, *TWO_RANK_CRITICS, *BFLOAT16_CASES],
+    2: [*TWO_RANK_CASES, *TWO_RANK_CASES_OF_THE_TABLE, *TWO_RANK_CRITICS, *BFLOAT16_CASES],
     4: [*FOUR_RANK_CASES, *FOUR_RANK_CRITICS],
     8: EIGHT_RANK_CASES,
 }
