@@ -36,7 +36,6 @@ RESUME_PAIRS = [
     ("tp2-sp", "tp2-sp"),
     ("dp2", "dp2"),
     ("tp2-sp", "pp2"),
-    ("tied-dp2", "tied-tp2-sp"),
     ("pp2-interleaved", "tp2"),
     ("dp2-overlap", "dp2"),
     ("critic-tp2-sp", "critic-tp2-sp"),

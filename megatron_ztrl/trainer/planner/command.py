@@ -116,11 +116,12 @@ def _draw(plan: Any, suggestions: list[Any], path: Path) -> None:
     held = {line.name: line.amount for line in engine_lines(plan) if line.unit == "bytes"}
     bars.append((f"engine TP {engine.tensor_parallel_size}", gigabytes(held)))
     layouts: list[tuple[str, dict[str, float]]] = []
+    configured = "configured, does not fit" if plan.problems else "configured"
     for each in [plan, *suggestions]:
         engine = each.config.engine
         label = f"{each.worlds[0].layout}, {engine.count} engines TP {engine.tensor_parallel_size}"
         times = {line.name: line.amount for line in each.times}
-        layouts.append((label if layouts else f"configured: {label}", times))
+        layouts.append((label if layouts else f"{configured}:\n{label}", times))
     draw_plan(
         path,
         title=f"{plan.subject.model} on {plan.gpus} GPUs",
