@@ -143,12 +143,7 @@ class EngineServer:
         self._end_reservations()
 
     def _reserve(self, port: int | None) -> int:
-        try:
-            self._reservations.append(reserve_port(self._host, port))
-        except OSError as error:
-            raise ValueError(
-                f"engine.port: {self._host}:{port} is taken ({error.strerror}); choose another, or null for any"
-            ) from error
+        self._reservations.append(reserve_engine_port(self._host, port))
         return port_of(self._reservations[-1])
 
     def _end_reservations(self) -> None:
@@ -240,6 +235,20 @@ def _command_line(arguments: Mapping[str, Any]) -> list[str]:
         elif value is not True:
             words.append(str(value))
     return words
+
+
+def reserve_engine_port(host: str, port: int | None) -> socket.socket:
+    """``reserve_port`` for an engine.
+
+    Raises:
+        ValueError: ``port`` is taken.
+    """
+    try:
+        return reserve_port(host, port)
+    except OSError as error:
+        raise ValueError(
+            f"engine.port: {host}:{port} is taken ({error.strerror}); choose another, or null for any"
+        ) from error
 
 
 def _detect_device() -> Literal["cpu", "cuda"]:

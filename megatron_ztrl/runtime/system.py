@@ -11,7 +11,7 @@ from pathlib import Path
 from megatron_ztrl.config.schema import Config
 from megatron_ztrl.data.batches import Minibatch, PerToken, Scores
 from megatron_ztrl.engines.client import EngineClient
-from megatron_ztrl.engines.server import EngineServer
+from megatron_ztrl.engines.server import EngineServer, reserve_engine_port
 from megatron_ztrl.envs.prompt_templates import get_template
 from megatron_ztrl.envs.python_tool import Execute
 from megatron_ztrl.observability.progress import Progress
@@ -148,6 +148,7 @@ async def launch_rollouts(
     async with contextlib.AsyncExitStack() as stack:
         with progress.startup("Ray"):
             stack.enter_context(ray_cluster())
+        _refuse_taken_ports(config)
         with progress.startup("SGLang engines and Python executors"):
             rollouts = await _start_rollouts(config, run_directory, tokenizer, stack)
         yield rollouts
@@ -168,6 +169,7 @@ async def launch(
     async with contextlib.AsyncExitStack() as stack:
         with progress.startup("Ray"):
             stack.enter_context(ray_cluster())
+        _refuse_taken_ports(config)
         with progress.startup("Megatron ranks, SGLang engines and Python executors"):
             worlds = {role: MegatronWorld(config, role) for role in _roles(config)}
             for world in worlds.values():
@@ -222,6 +224,13 @@ async def _start_rollouts(
         execute=run_snippets(executors, run_timeout_seconds=config.tool.run_timeout_seconds),
         verifier=verifier,
     )
+
+
+def _refuse_taken_ports(config: Config) -> None:
+    """Finds a taken ``engine.port`` before anything slow starts; on several nodes each engine finds it itself."""
+    if config.engine.port is not None and len(cluster_nodes()) == 1:
+        for index in range(config.engine.count):
+            reserve_engine_port(node_address(), config.engine.port + index).close()
 
 
 async def _start_engines(config: Config, logs: Path, stack: contextlib.AsyncExitStack) -> list[EngineClient]:
