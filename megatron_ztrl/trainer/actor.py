@@ -87,22 +87,15 @@ class ActorRank(PolicyRank):
         Raises:
             ValueError: The batch has no token to train.
         """
-        if batch.trained_tokens == 0:
-            raise ValueError("the training batch has no token to train: every sample is masked")
-        microbatches = self._to_device(batch.microbatches[self.dp_rank])
-        means, update = self._optimizer_step(
-            lambda: accumulate_gradients(
+        statistics = self._train(
+            batch,
+            step,
+            lambda microbatches: accumulate_gradients(
                 self._models, microbatches, batch.trained_tokens, self._loss_settings
             ),
-            step,
+            self._loss_settings.statistics,
         )
-        if means is None or not self.is_output_rank or self.dp_rank != 0:
-            return None
-        return (
-            dict(zip(self._loss_settings.statistics, means.tolist(), strict=True))
-            | update
-            | {"tokens": float(batch.trained_tokens)}
-        )
+        return statistics and statistics | {"tokens": float(batch.trained_tokens)}
 
     @torch.no_grad()
     def reference_logprobs(self, batch: PackedBatch) -> list[np.ndarray] | None:

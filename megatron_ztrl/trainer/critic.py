@@ -78,15 +78,12 @@ class CriticRank(MegatronRank):
         Raises:
             ValueError: The batch has no token to train.
         """
-        if batch.trained_tokens == 0:
-            raise ValueError("the training batch has no token to train: every sample is masked")
-        microbatches = self._to_device(batch.microbatches[self.dp_rank])
-        means, update = self._optimizer_step(
-            lambda: self._accumulate_gradients(microbatches, batch.trained_tokens), step
+        return self._train(
+            batch,
+            step,
+            lambda microbatches: self._accumulate_gradients(microbatches, batch.trained_tokens),
+            STATISTICS,
         )
-        if means is None or not self.is_output_rank or self.dp_rank != 0:
-            return None
-        return dict(zip(STATISTICS, means.tolist(), strict=True)) | update
 
     def _accumulate_gradients(
         self, microbatches: list[DeviceMicrobatch], trained_tokens: int

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,7 +10,7 @@ import numpy as np
 from torch import Tensor
 
 from megatron_ztrl.config.schema import Config, WorldConfig
-from megatron_ztrl.data.packing import Microbatch, token_multiple
+from megatron_ztrl.data.packing import Microbatch, PackedBatch, token_multiple
 from megatron_ztrl.trainer.cpu_compat import cuda_calls
 
 cuda_calls.install()  # before the modules below bind what it replaces
@@ -156,29 +156,44 @@ class MegatronRank:
         """Leaves the world; afterwards the process may join another."""
         setup.destroy_distributed()
 
-    def _optimizer_step(
-        self, accumulate_gradients: Callable[[], Tensor | None], step: int
-    ) -> tuple[Tensor | None, dict[str, float]]:
-        """Gradients into cleared buffers, then one step of the optimizer.
+    def _train(
+        self,
+        batch: PackedBatch,
+        step: int,
+        accumulate_gradients: Callable[[list[DeviceMicrobatch]], Tensor | None],
+        names: Sequence[str],
+    ) -> dict[str, float] | None:
+        """Gradients of this replica's microbatches into cleared buffers, then one step of the optimizer.
 
         Args:
-            accumulate_gradients: Runs all microbatches, and returns the means of what it counted.
+            batch: The global batch.
             step: Optimizer steps done before this one; sets the warm-up.
+            accumulate_gradients: Runs all microbatches, and returns the global means of what it counted.
+            names: Of those means.
 
         Returns:
-            (what ``accumulate_gradients`` returned, norm of the gradient and learning rate).
+            The means, norm of the gradient and learning rate on the output rank of replica 0, None elsewhere.
+
+        Raises:
+            ValueError: The batch has no token to train.
         """
+        if batch.trained_tokens == 0:
+            raise ValueError("the training batch has no token to train: every sample is masked")
+        microbatches = self._to_device(batch.microbatches[self.dp_rank])
         for model in self._models:
             model.zero_grad_buffer()
         self._optimizer.zero_grad()
-        means = accumulate_gradients()
+        means = accumulate_gradients(microbatches)
         learning_rate = self._set_learning_rate(step)
         _, grad_norm, _ = self._optimizer.step()
         if self._overlaps_param_gather:
             # The weights are published, or saved, before the next forward pass would gather them.
             for model in self._models:
                 model.start_param_sync(force_sync=True)
-        return means, {"grad_norm": float(grad_norm), "learning_rate": learning_rate}
+        if means is None or not self.is_output_rank or self.dp_rank != 0:
+            return None
+        update = {"grad_norm": float(grad_norm), "learning_rate": learning_rate}
+        return dict(zip(names, means.tolist(), strict=True)) | update
 
     def _set_learning_rate(self, step: int) -> float:
         world = self._world

@@ -78,6 +78,7 @@ def create_app(pool: WorkerPool, sessions: SessionTable, metrics: Metrics, token
     _add_sessions(app, sessions, metrics, guarded)
     _add_state(app, pool, sessions, metrics, guarded)
     app.add_exception_handler(_BodyTooLargeError, _refuse_body)
+    app.add_exception_handler(UnknownSessionError, _refuse_session)
     limited = _BodyLimit(app)
     return limited if token is None else BearerAuth(limited, token)
 
@@ -154,11 +155,6 @@ def _add_sessions(app: FastAPI, sessions: SessionTable, metrics: Metrics, guarde
         """End the session and what runs in it."""
         sessions.delete(session_id)
         return Response(status_code=204)
-
-    async def unknown(request: Request, error: Exception) -> Response:
-        return _refusal(404, str(error))
-
-    app.add_exception_handler(UnknownSessionError, unknown)
 
 
 def _add_state(
@@ -264,6 +260,10 @@ async def _unless_disconnected(
 class _BodyTooLargeError(HTTPException):
     def __init__(self) -> None:
         super().__init__(413, f"the request has more than {MAX_BODY_BYTES} bytes")
+
+
+async def _refuse_session(request: Request, error: Exception) -> Response:
+    return _refusal(404, str(error))
 
 
 async def _refuse_body(request: Request, error: Exception) -> Response:
