@@ -3,43 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
 from megatron_ztrl.config.schema import ToolConfig
 from megatron_ztrl.envs.prompt_templates import PromptTemplate
 from megatron_ztrl.envs.python_tool import Execute, PythonTool
-from megatron_ztrl.rollout.trajectory import Engine, Sampling, Tokenizer, run_rollout
+from megatron_ztrl.rollout.fleet import EngineFleet
+from megatron_ztrl.rollout.trajectory import Sampling, Tokenizer, run_rollout
 from megatron_ztrl.types import Prompt, Rollout, RolloutGroup
 
 Score = Callable[[str, str], Awaitable[float]]
 """(response text, ground truth) -> reward."""
-
-
-class EngineFleet:
-    """Assigns each rollout to the engine with the fewest; a rollout stays there, where its prefix is cached.
-
-    Args:
-        engines: One client per server.
-        max_concurrent_per_engine: Rollouts beyond this wait here, not in the server's queue.
-    """
-
-    def __init__(self, engines: Sequence[Engine], *, max_concurrent_per_engine: int) -> None:
-        self._load = dict.fromkeys(range(len(engines)), 0)
-        self._engines = engines
-        self._slots = asyncio.Semaphore(max_concurrent_per_engine * len(engines))
-
-    @contextlib.asynccontextmanager
-    async def engine(self) -> AsyncIterator[Engine]:
-        """The engine of one rollout."""
-        async with self._slots:
-            index = min(self._load, key=self._load.__getitem__)
-            self._load[index] += 1
-            try:
-                yield self._engines[index]
-            finally:
-                self._load[index] -= 1
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -50,7 +50,7 @@ class RankProcess:
         """
         from megatron_ztrl.trainer.actor import ActorRank, PolicyRank
         from megatron_ztrl.trainer.critic import CriticRank
-        from megatron_ztrl.weights.publish import WeightSender
+        from megatron_ztrl.weights.sender import WeightSender
 
         kinds = {"actor": ActorRank, "critic": CriticRank, "reference": PolicyRank}
         self._rank = kinds[role](config, rank, world_size, init_method)

@@ -16,7 +16,8 @@ from megatron_ztrl.envs.prompt_templates import get_template
 from megatron_ztrl.envs.python_tool import Execute
 from megatron_ztrl.observability.progress import Progress
 from megatron_ztrl.rewards.math_verifier import MathVerifier
-from megatron_ztrl.rollout.group import EngineFleet, GroupRunner
+from megatron_ztrl.rollout.fleet import EngineFleet
+from megatron_ztrl.rollout.group import GroupRunner
 from megatron_ztrl.rollout.trajectory import Sampling, Tokenizer
 from megatron_ztrl.runtime.cluster import cluster_gpus, cluster_nodes, node_address, ray_cluster
 from megatron_ztrl.runtime.executors import run_snippets, start_executors

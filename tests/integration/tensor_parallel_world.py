@@ -8,7 +8,7 @@ import torch
 from transformers import Qwen2ForCausalLM
 
 from megatron_ztrl.types import TensorSlice
-from megatron_ztrl.weights.publish import WeightSender
+from megatron_ztrl.weights.sender import WeightSender
 
 SIZE = 2
 COLUMNS = ("o_proj.weight", "down_proj.weight")
