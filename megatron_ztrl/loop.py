@@ -34,7 +34,7 @@ async def train(session: TrainingSession) -> bool:
     config, system, scheduler = session.config, session.system, session.scheduler
     version = await session.restore()
     await system.publisher.publish(version)
-    scheduler.start(session.backlog)
+    scheduler.start(session.pending, session.next_group_id)
     while version < config.train.num_steps and not session.stop.is_set():
         await session.evaluate_if_due(version)
         clock = PhaseClock()

@@ -22,7 +22,7 @@ from megatron_ztrl.observability.jsonl import read_rows
 from megatron_ztrl.observability.metrics import MetricsLogger
 from megatron_ztrl.observability.progress import Progress
 from megatron_ztrl.observability.rollout_log import RolloutLog
-from megatron_ztrl.rollout.scheduler import RolloutScheduler, TakenGroups
+from megatron_ztrl.rollout.scheduler import PendingGroup, RolloutScheduler, TakenGroups
 from megatron_ztrl.rollout.statistics import model_tokens, rollout_statistics
 from megatron_ztrl.rollout.trajectory import Sampling
 from megatron_ztrl.runtime.checkpoints import CheckpointStore, read_state
@@ -58,7 +58,8 @@ class TrainingSession:
         self.config = config
         self.system = system
         self.stop = stop
-        self.backlog: list[Prompt] = []
+        self.pending: list[PendingGroup] = []
+        self.next_group_id = 0
         self._source = source
         self._decode = decode
         self._evaluator = evaluator
@@ -98,7 +99,11 @@ class TrainingSession:
             version = state["version"]
             await self.system.load_checkpoint(self._checkpoint)
             self._source.restore(state["source"])
-            self.backlog = [Prompt(**prompt) for prompt in state["backlog"]]
+            self.pending = [
+                PendingGroup(group_id=group["group_id"], prompt=Prompt(**group["prompt"]))
+                for group in state["pending"]
+            ]
+            self.next_group_id = state["next_group_id"]
             self._progress.resume(version)
         self._metrics = MetricsLogger(self._directory, self.config.logging, restored_step=version or None)
         self._evaluated_versions = {
@@ -207,7 +212,8 @@ class TrainingSession:
         self._progress.phase("saving a checkpoint")
         state: dict[str, Any] = {
             "source": self._source.state(),
-            "backlog": [dataclasses.asdict(prompt) for prompt in self.scheduler.pending_prompts()],
+            "pending": [dataclasses.asdict(group) for group in self.scheduler.pending()],
+            "next_group_id": self.scheduler.next_group_id,
         }
         await self._store.save(version, self.system, state)
 

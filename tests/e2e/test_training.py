@@ -61,7 +61,7 @@ def test_ctrl_c_saves_and_a_resumed_asynchronous_run_keeps_its_staleness_bound(t
     assert_nothing_left(marker)
     saved = json.loads(next((run / "checkpoints").glob("step_*/state.json")).read_text())
     assert saved["version"] >= 2
-    assert len(saved["backlog"]) >= 4  # what was in flight is rolled out first after the restart
+    assert len(saved["pending"]) >= 4  # what was in flight is rolled out first after the restart
 
     last = saved["version"] + 3
     process = ztrl(*arguments, f"train.num_steps={last}", "--resume")

@@ -104,28 +104,44 @@ async def test_a_refused_group_is_reported_and_replaced():
     await scheduler.stop()
 
 
-async def test_an_interrupted_take_loses_no_group_and_the_backlog_comes_first_after_a_restart():
+async def test_an_interrupted_take_loses_no_group_and_a_restart_goes_on_with_the_same_groups():
     gate = asyncio.Event()
 
     async def run_group(group_id, prompt):
-        if group_id == 3:
+        if group_id == 4:
             await gate.wait()
         return await finish_at_once(group_id, prompt)
 
-    scheduler = make(run_group)
+    scheduler = make(run_group, keep=lambda group: group.group_id != 1)
     scheduler.start()
     take = asyncio.create_task(scheduler.take(4))
     await asyncio.sleep(0.01)
     take.cancel()
     with pytest.raises(asyncio.CancelledError):
         await take
-    pending = scheduler.pending_prompts()
-    assert [prompt.prompt_id for prompt in pending] == ["0", "1", "2", "3"]
+    pending = scheduler.pending()
+    assert [group.group_id for group in pending] == [0, 1, 2, 3, 4]  # 4 replaces 1, which was refused
+    assert [group.prompt.prompt_id for group in pending] == ["0", "1", "2", "3", "4"]
+    assert scheduler.next_group_id == 5
+    gate.set()
+    taken = await scheduler.take(4)
+    assert [group.group_id for group in taken.groups] == [0, 2, 3, 4]
+    assert [group.group_id for group in taken.dropped] == [1]
     await scheduler.stop()
 
-    restarted = make(finish_at_once)
-    restarted.start(pending[2:])
-    assert [g.prompt.prompt_id for g in (await restarted.take(4)).groups] == ["2", "3", "0", "1"]
+    restarted = make(finish_at_once, keep=lambda group: group.group_id != 1)
+    restarted.start(pending, 5)
+    assert [group.group_id for group in restarted.pending()] == [0, 1, 2, 3, 4]
+    taken = await restarted.take(4)
+    assert [(g.group_id, g.prompt.prompt_id) for g in taken.groups] == [
+        (0, "0"),
+        (2, "2"),
+        (3, "3"),
+        (4, "4"),
+    ]
+    assert [group.group_id for group in taken.dropped] == [1]
+    restarted.release(4)
+    assert [group.group_id for group in restarted.pending()] == [5, 6, 7, 8]
     await restarted.stop()
 
 
