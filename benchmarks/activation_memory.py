@@ -214,6 +214,7 @@ def _batch(case: Case) -> PackedBatch:
             token_ids=random.integers(0, case.vocab, length).tolist(),
             loss_mask=[position >= length * (1 - TRAINED_SHARE) for position in range(length)],
             rollout_logprobs=[0.0] * length,
+            weight_versions=[0] * length,
             reward=0.0,
             group_id=0,
         )

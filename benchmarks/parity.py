@@ -132,6 +132,7 @@ def options_of(case: Case) -> str:
         "" if case.tokens == 64 else f"microbatches of {case.tokens} tokens",
         "samples in another order" if case.order else "",
         "new value head" if CHECKPOINTS[case.checkpoint].new_head else "",
+        "importance weights" if CHECKPOINTS[case.checkpoint].weighted else "",
     ]
     return ", ".join(text for text in found if text)
 

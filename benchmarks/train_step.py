@@ -153,6 +153,7 @@ def draw_samples(count: int, random: np.random.Generator) -> list[TrainingSample
                 token_ids=random.integers(VOCAB_SIZE, size=length).tolist(),
                 loss_mask=mask.tolist(),
                 rollout_logprobs=[0.0] * length,
+                weight_versions=[0] * length,
                 reward=0.0,
                 group_id=index,
             )

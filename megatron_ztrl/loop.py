@@ -45,16 +45,16 @@ async def train(session: TrainingSession) -> bool:
         minibatches = pack_minibatches(taken.groups, config, session.rng(version))
         with clock.phase("logprobs"):
             scores = await asyncio.gather(*(system.scores(minibatch) for minibatch in minibatches))
-        minibatches, value_statistics = with_targets(minibatches, scores, config.algorithm)
+        minibatches, batch_statistics = with_targets(minibatches, scores, config, version)
         with clock.phase("train"):
             statistics = [
-                value_statistics | await system.train_step(minibatch, version) for minibatch in minibatches
+                batch_statistics | await system.train_step(minibatch, version) for minibatch in minibatches
             ]
         version += 1
         with clock.phase("publish"):
             await system.publisher.publish(version)
         scheduler.release(len(taken.groups))  # only now: this is what bounds the staleness
-        session.log_step(version, taken, minibatches, statistics, clock)
+        session.log_step(version, taken, statistics, clock)
         await session.save_if_due(version)
     return await session.finish(version)
 

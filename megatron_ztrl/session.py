@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from megatron_ztrl.algorithms.filters import keep_group
-from megatron_ztrl.data.batches import Minibatch, logprob_gap
+from megatron_ztrl.data.mismatch import mismatch_warning
 from megatron_ztrl.data.prompts import PromptSource
 from megatron_ztrl.evaluate import Evaluator, evaluation_line
 from megatron_ztrl.observability import names
@@ -162,7 +162,6 @@ class TrainingSession:
         self,
         version: int,
         taken: TakenGroups,
-        minibatches: Sequence[Minibatch],
         statistics: Sequence[dict[str, float]],
         clock: PhaseClock,
     ) -> None:
@@ -171,7 +170,6 @@ class TrainingSession:
         Args:
             version: After the step.
             taken: Its groups.
-            minibatches: As they were trained.
             statistics: One row for each mini-batch.
             clock: Of the step.
         """
@@ -187,8 +185,12 @@ class TrainingSession:
         )
         for key in statistics[0]:
             metrics[names.LOSS_POLICY if key == "loss/loss" else key] = fmean(row[key] for row in statistics)
-        if self.config.algorithm.old_logprobs == "trainer":  # else there is nothing to compare
-            metrics[names.LOSS_LOGPROB_GAP] = max(logprob_gap(minibatch.actor) for minibatch in minibatches)
+        alarm = self.config.algorithm.mismatch_alarm
+        if alarm is not None:
+            warning = mismatch_warning(metrics, alarm, version)
+            metrics[names.MISMATCH_ALARM] = float(warning is not None)
+            if warning is not None:
+                self._progress.note(warning)
         metrics |= _times(clock, rollouts)
         seconds = clock.step_seconds()
         metrics[names.THROUGHPUT_TOKENS] = model_tokens(seen) / seconds

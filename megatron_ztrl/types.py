@@ -179,6 +179,8 @@ class TrainingSample:
     """[L] True on the tokens to train; False on prompt and tool tokens."""
     rollout_logprobs: list[float]
     """[L] As the engine sampled them; 0.0 where ``loss_mask`` is False."""
+    weight_versions: list[int]
+    """[L] That sampled them; ``NOT_SAMPLED`` where ``loss_mask`` is False."""
     reward: float
     group_id: int
 

@@ -34,6 +34,7 @@ def ppo_clip_loss(
     *,
     clip_low: float,
     clip_high: float,
+    weights_T: Tensor | None = None,
 ) -> PolicyLoss:
     """Clipped surrogate of PPO (arXiv:1707.06347, eq. 7) with separate bounds (arXiv:2503.14476, eq. 8).
 
@@ -44,6 +45,8 @@ def ppo_clip_loss(
         mask_T: [T] bool. Entries where it is False may hold anything, even NaN.
         clip_low: The ratio is clipped below ``1 - clip_low``.
         clip_high: The ratio is clipped above ``1 + clip_high``.
+        weights_T: [T] Importance weights (``algorithms.importance``); None weighs every token 1. A weight of 0
+            leaves a token no gradient. The other sums count it as before, and so does the caller's denominator.
     """
     zero = torch.zeros((), dtype=torch.float32, device=logp_T.device)
     # where() before exp(): a masked NaN or infinity must reach neither the sum nor the gradient.
@@ -52,7 +55,10 @@ def ppo_clip_loss(
     ratio_T = log_ratio_T.exp()
     unclipped_T = ratio_T * advantages_T
     clipped_T = ratio_T.clamp(1.0 - clip_low, 1.0 + clip_high) * advantages_T
-    loss_sum = -torch.minimum(unclipped_T, clipped_T).sum()
+    surrogate_T = torch.minimum(unclipped_T, clipped_T)
+    if weights_T is not None:
+        surrogate_T = surrogate_T * torch.where(mask_T, weights_T.float(), zero)
+    loss_sum = -surrogate_T.sum()
     with torch.no_grad():
         kl_T = torch.expm1(log_ratio_T) - log_ratio_T
         return PolicyLoss(

@@ -53,6 +53,9 @@ _RANGES: dict[str, tuple[float, float]] = {
     "algorithm.critic_warmup_steps": (0, math.inf),
     "algorithm.kl_coefficient": (0, math.inf),
     "algorithm.minibatches": (1, math.inf),
+    "algorithm.importance_cap": (1, math.inf),
+    "algorithm.importance_floor": (0, 1),
+    "algorithm.mismatch_alarm": (_POSITIVE, math.inf),
     "algorithm.min_accuracy": (0, 1),
     "algorithm.max_accuracy": (0, 1),
     **{
@@ -86,7 +89,7 @@ def check_config(config: Config) -> None:
     """
     problems = [
         problem
-        for check in (_ranges, _paths, _lengths, _evaluation, _engines, _executors)
+        for check in (_ranges, _paths, _lengths, _importance, _evaluation, _engines, _executors)
         for problem in check(config)
     ]
     if config.data.prompt_template == "plain" and config.reward.require_answer_tags:
@@ -165,6 +168,22 @@ def _lengths(config: Config) -> Iterator[str]:
         yield (
             f"tool.max_output_tokens: {config.tool.max_output_tokens} leaves no room for an answer in "
             f"rollout.max_response_tokens ({config.rollout.max_response_tokens})"
+        )
+
+
+def _importance(config: Config) -> Iterator[str]:
+    algorithm = config.algorithm
+    if algorithm.old_logprobs == "trainer":
+        return
+    if algorithm.importance_correction in ("truncate", "mask"):
+        yield (
+            f"algorithm.importance_correction: '{algorithm.importance_correction}' compares the trainer's log-probs "
+            "with the engine's, but algorithm.old_logprobs is 'engine'; set that to trainer, or this to none"
+        )
+    if algorithm.mismatch_alarm is not None:
+        yield (
+            "algorithm.mismatch_alarm: needs the trainer's log-probs; set algorithm.old_logprobs to trainer, or this "
+            "to null"
         )
 
 

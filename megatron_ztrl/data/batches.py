@@ -9,7 +9,9 @@ import numpy as np
 import torch
 
 from megatron_ztrl.algorithms.advantages import gae, grpo, reinforce_pp_baseline, whiten
+from megatron_ztrl.algorithms.importance import correction_of, importance_ratios, importance_weights
 from megatron_ztrl.config.schema import AlgorithmConfig, Config, WorldConfig
+from megatron_ztrl.data.mismatch import SampledTokens, gap_statistics, importance_statistics
 from megatron_ztrl.data.packing import (
     PackedBatch,
     pack,
@@ -68,37 +70,35 @@ def pack_minibatches(
 
 
 def with_targets(
-    minibatches: Sequence[Minibatch], scores: Sequence[Scores], algorithm: AlgorithmConfig
+    minibatches: Sequence[Minibatch], scores: Sequence[Scores], config: Config, version: int
 ) -> tuple[list[Minibatch], dict[str, float]]:
     """Attaches everything that the losses need.
 
     Advantages are computed over the whole step, so their statistics do not depend on the mini-batches.
 
+    Args:
+        minibatches: Of one step.
+        scores: Of each.
+        config: The run.
+        version: Of the actor's weights behind the scores.
+
     Returns:
-        (the mini-batches, statistics of the critic's values).
+        (the mini-batches, statistics: ``critic/*`` of its values, ``mismatch/*`` and so on of the log-probs).
     """
     samples = [sample for minibatch in minibatches for sample in minibatch.samples]
-    values: list[np.ndarray]
-    returns: list[np.ndarray]
-    statistics: dict[str, float]
-    if algorithm.advantage == "gae":
-        values = [
-            part
-            for minibatch, score in zip(minibatches, scores, strict=True)
-            for part in _sample_values(minibatch, score)
-        ]
-        advantages, returns = token_advantages(samples, values, algorithm)
-        statistics = _value_statistics(values, returns)
-    else:
-        counts = [sum(sample.loss_mask) for sample in samples]
-        advantages_B = sample_advantages(samples, algorithm)
-        advantages = [np.full(n, value) for n, value in zip(counts, advantages_B, strict=True)]
-        values, returns, statistics = [], [], {}
+    advantages, returns, values, statistics = _advantages(minibatches, scores, config.algorithm)
+    weights = None
+    if config.algorithm.old_logprobs == "trainer":
+        tokens = SampledTokens.of(samples, _sample_logprobs(minibatches, scores), version)
+        weights, weight_statistics = _importance_weights(tokens, config)
+        statistics |= gap_statistics(tokens) | weight_statistics
     done, first = [], 0
     for minibatch, score in zip(minibatches, scores, strict=True):
         mine = slice(first, first + len(minibatch.samples))
         first = mine.stop
         actor = _with_policy_targets(minibatch.actor, score, advantages[mine])
+        if weights is not None:
+            actor = with_per_token(actor, "importance_weights", spread_trained(actor, weights[mine]))
         critic = minibatch.critic
         if critic is not None:
             critic = with_per_token(critic, "old_values", spread_trained(critic, values[mine]))
@@ -150,15 +150,6 @@ def token_advantages(
     )
 
 
-def logprob_gap(batch: PackedBatch) -> float:
-    """The largest |trainer - engine| over the trained tokens, in nats."""
-    return max(
-        float(np.abs(mb.per_token["old_logprobs"] - mb.per_token["rollout_logprobs"]).max(initial=0.0))
-        for rank in batch.microbatches
-        for mb in rank
-    )
-
-
 def _pack(samples: Sequence[TrainingSample], config: Config, world: WorldConfig) -> PackedBatch:
     return pack(
         samples,
@@ -166,6 +157,51 @@ def _pack(samples: Sequence[TrainingSample], config: Config, world: WorldConfig)
         data_parallel_size=world.data_parallel_size,
         pad_to_multiple=token_multiple(world, config.megatron.transformer),
     )
+
+
+def _advantages(
+    minibatches: Sequence[Minibatch], scores: Sequence[Scores], algorithm: AlgorithmConfig
+) -> tuple[list[np.ndarray], list[np.ndarray], list[np.ndarray], dict[str, float]]:
+    """For each sample, by trained token: advantages and, with a critic, returns and values; their statistics."""
+    samples = [sample for minibatch in minibatches for sample in minibatch.samples]
+    if algorithm.advantage == "gae":
+        values = [
+            part
+            for minibatch, score in zip(minibatches, scores, strict=True)
+            for part in _sample_values(minibatch, score)
+        ]
+        advantages, returns = token_advantages(samples, values, algorithm)
+        return advantages, returns, values, _value_statistics(values, returns)
+    counts = [sum(sample.loss_mask) for sample in samples]
+    advantages_B = sample_advantages(samples, algorithm)
+    return [np.full(n, value) for n, value in zip(counts, advantages_B, strict=True)], [], [], {}
+
+
+def _importance_weights(
+    tokens: SampledTokens, config: Config
+) -> tuple[list[np.ndarray] | None, dict[str, float]]:
+    """For each sample the weights of its trained tokens, None without a correction; their statistics."""
+    correction = correction_of(config)
+    if correction == "none":
+        return None, {}
+    algorithm = config.algorithm
+    ratio_N = importance_ratios(
+        tokens.trainer_logp_N, tokens.engine_logp_N, tokens.lengths, algorithm.importance_level
+    )
+    weight_N = importance_weights(
+        ratio_N, correction, cap=algorithm.importance_cap, floor=algorithm.importance_floor
+    )
+    statistics = importance_statistics(tokens, ratio_N, weight_N)
+    return np.split(weight_N, np.cumsum(tokens.lengths)[:-1]), statistics
+
+
+def _sample_logprobs(minibatches: Sequence[Minibatch], scores: Sequence[Scores]) -> list[np.ndarray]:
+    """For each sample what the trainer says of its trained tokens."""
+    parts: list[np.ndarray] = []
+    for minibatch, score in zip(minibatches, scores, strict=True):
+        assert score.old_logprobs is not None
+        parts += trained_values(minibatch.actor, score.old_logprobs, len(minibatch.samples))
+    return parts
 
 
 def _sample_values(minibatch: Minibatch, scores: Scores) -> list[np.ndarray]:

@@ -40,7 +40,7 @@ class Microbatch:
     """[T] bool. True where the target is a token to train."""
     per_token: dict[str, np.ndarray] = field(default_factory=dict)
     """[T] float32 each, 0.0 where ``loss_mask_T`` is False: ``rollout_logprobs``, and as the loop goes on
-    ``old_logprobs`` and ``advantages``."""
+    ``old_logprobs``, ``advantages`` and ``importance_weights``."""
 
 
 @dataclass(frozen=True, kw_only=True)

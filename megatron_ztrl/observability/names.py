@@ -50,10 +50,35 @@ LOSS_CLIP_FRACTION = "loss/clip_fraction"
 LOSS_APPROX_KL = "loss/approx_kl"
 LOSS_GRAD_NORM = "loss/grad_norm"
 LOSS_LEARNING_RATE = "loss/learning_rate"
-LOSS_LOGPROB_GAP = "loss/logprob_gap"
-"""Largest difference between trainer and engine at the sampled tokens, in nats."""
 LOSS_REFERENCE_KL = "loss/reference_kl"
 """KL(policy || first policy), in nats per token; where the loss has that term."""
+
+# |trainer - engine| log-prob at the trained tokens, in nats; the trainer's at the start of the step.
+MISMATCH = "mismatch"
+"""At tokens that the trainer's own weights sampled: what is left is a difference of implementations."""
+STALENESS = "staleness"
+"""At tokens that older weights sampled: the policy has moved as well."""
+GAP_MEAN = "gap_mean"
+GAP_P99 = "gap_p99"
+GAP_MAX = "gap_max"
+GAP_KL = "kl"
+"""The k3 estimate of KL(engine || trainer), in nats per token."""
+PLACES = ("turn_1", "turn_2", "turn_3_on", "after_reply", "past_reply")
+"""Where in a rollout: by turn; and of turns past the first, the first 8 model tokens after the tool reply, and the
+later ones. Means there are ``mismatch/gap_<place>``, ``staleness/gap_<place>`` and ``importance/cut_<place>``."""
+MISMATCH_MEAN = f"{MISMATCH}/{GAP_MEAN}"
+MISMATCH_ALARM = f"{MISMATCH}/alarm"
+"""1 in a step whose mean gap is above ``algorithm.mismatch_alarm``."""
+STALENESS_SHARE = f"{STALENESS}/share"
+"""Share of trained tokens that older weights sampled."""
+
+IMPORTANCE_MEAN = "importance/weight_mean"
+IMPORTANCE_LARGEST = "importance/weight_max"
+"""Before it was truncated or masked; e^20 stands for anything above."""
+IMPORTANCE_CUT = "importance/cut"
+"""Share of trained tokens whose weight was truncated or masked."""
+IMPORTANCE_EFFECTIVE = "importance/effective_share"
+"""Effective sample size of the weighted tokens, as a share of their number: 1 when all weigh the same."""
 
 CRITIC_LOSS = "critic/loss"
 CRITIC_VALUE = "critic/value"
@@ -83,3 +108,8 @@ def train_key(measure: str) -> str:
 def eval_key(dataset: str, measure: str) -> str:
     """The key of one of `MEASURES` in a row of the split ``eval``."""
     return f"eval/{dataset}/{measure}"
+
+
+def gap_key(group: str, measure: str) -> str:
+    """The key of a ``GAP_*`` measure of the tokens in `MISMATCH` or `STALENESS`."""
+    return f"{group}/{measure}"

@@ -77,8 +77,8 @@ class ActorRank(PolicyRank):
         """One optimizer step on the clipped policy loss, averaged over the global batch's trained tokens.
 
         Args:
-            batch: Carries ``old_logprobs`` and ``advantages`` in ``per_token``, and ``reference_logprobs``
-                when the loss has a KL term.
+            batch: Carries ``old_logprobs`` and ``advantages`` in ``per_token``, ``reference_logprobs`` when
+                the loss has a KL term, and ``importance_weights`` when it is weighted.
             step: Optimizer steps done before this one; sets the warm-up.
 
         Returns:

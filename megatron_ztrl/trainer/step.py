@@ -150,6 +150,7 @@ def accumulate_gradients(
                 torch.ones_like(mb.targets_N, dtype=torch.bool),
                 clip_low=settings.clip_low,
                 clip_high=settings.clip_high,
+                weights_T=mb.per_token_N.get("importance_weights"),
             )
             loss_sum = policy.loss_sum
             sums = [entropy_N.detach().sum(), policy.clipped_sum, policy.kl_sum, policy.ratio_sum]

@@ -60,6 +60,7 @@ TWO_RANK_CASES = [
     Case(name="tied-tp2-sp", checkpoint="qwen2-tied", tp=2, sp=True),
     Case(name="tied-pp2", checkpoint="qwen2-tied", pp=2),
     Case(name="tied-dp2", checkpoint="qwen2-tied", dp=2),
+    Case(name="weighted-tp2-sp", checkpoint="qwen2-weighted", tp=2, sp=True),
     Case(name="llama-tied-pp2", checkpoint="llama-tied", pp=2),
     Case(name="qwen3-tied-tp2-sp", checkpoint="qwen3-tied", tp=2, sp=True),
 ]

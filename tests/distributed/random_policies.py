@@ -40,6 +40,8 @@ class Checkpoint:
     """Who trains it; a critic has a value head."""
     new_head: bool = False
     """The critic is saved as a language model, so its head begins at 0."""
+    weighted: bool = False
+    """The policy's loss has importance weights."""
 
 
 TIED, UNTIED = {"tie_word_embeddings": True}, {"tie_word_embeddings": False}
@@ -47,6 +49,7 @@ DEEP = {"num_hidden_layers": 8, "num_attention_heads": 8, "num_key_value_heads":
 CHECKPOINTS = {
     "qwen2": Checkpoint(family="Qwen2", options=UNTIED),
     "qwen2-tied": Checkpoint(family="Qwen2", options=TIED),
+    "qwen2-weighted": Checkpoint(family="Qwen2", options=UNTIED, weighted=True),
     "llama": Checkpoint(family="Llama", options=UNTIED),
     "llama-tied": Checkpoint(family="Llama", options=TIED),
     "qwen3-tied": Checkpoint(family="Qwen3", options=TIED | {"head_dim": 32}),
@@ -159,6 +162,7 @@ def samples() -> list[TrainingSample]:
                 token_ids=random.integers(0, VOCAB_SIZE, length).tolist(),
                 loss_mask=mask.tolist(),
                 rollout_logprobs=[0.0] * length,
+                weight_versions=[0] * length,
                 reward=0.0,
                 group_id=index,
             )

@@ -37,11 +37,11 @@ CANARY = list(range(1, 20))
 def prepare(root: Path, names: Iterable[str], dtypes: Sequence[torch.dtype]) -> None:
     """Writes checkpoints to ``root/<name>``, and what ``train`` makes of each to ``root/<name>.<dtype>.pt``."""
     for name in names:
-        role = CHECKPOINTS[name].role
+        role, weighted = CHECKPOINTS[name].role, CHECKPOINTS[name].weighted
         for dtype in dtypes:
             model = save_checkpoint(name, root / name)
             with torch.no_grad():
-                targets = make_targets(role, [output.numpy() for output in outputs(model, role)])
+                targets = make_targets(role, [output.numpy() for output in outputs(model, role)], weighted)
             run = train(in_dtype(model, dtype), role, targets)
             torch.save(run | {"targets": targets}, reference_path(root, name, dtype))
 
@@ -51,11 +51,11 @@ def reference_path(root: Path, name: str, dtype: torch.dtype = torch.float32) ->
     return root / f"{name}.{str(dtype).removeprefix('torch.')}.pt"
 
 
-def make_targets(role: Role, start: list[np.ndarray]) -> dict[str, list[np.ndarray]]:
+def make_targets(role: Role, start: list[np.ndarray], weighted: bool = False) -> dict[str, list[np.ndarray]]:
     """Per-sample targets of the losses: [L - 1] float32 each.
 
     Old outputs are near the first ones: some inside the clip, some outside, none at its edge, where rounding
-    would decide whether a token has a gradient.
+    would decide whether a token has a gradient. Some importance weights are 0, as of masked tokens.
     """
     random = np.random.default_rng(2)
     near = [
@@ -65,7 +65,10 @@ def make_targets(role: Role, start: list[np.ndarray]) -> dict[str, list[np.ndarr
     near = [array.astype(np.float32) for array in near]
     free = [random.normal(0, 1, array.size).astype(np.float32) for array in start]
     first, second = ("old_logprobs", "advantages") if role == "actor" else ("old_values", "returns")
-    return {first: near, second: free}
+    if not weighted:
+        return {first: near, second: free}
+    weights = [random.choice([0.0, 0.5, 1.3, 2.0], array.size).astype(np.float32) for array in start]
+    return {first: near, second: free, "importance_weights": weights}
 
 
 def in_dtype(model: Any, dtype: torch.dtype) -> Any:
@@ -97,11 +100,13 @@ def outputs(model: Any, role: Role, temperature: float = TEMPERATURE) -> Iterato
             yield (logits / temperature).log_softmax(-1).gather(-1, ids[1:, None])[:, 0]
 
 
-def policy_loss(logp: Tensor, old_logp: Tensor, advantage: Tensor) -> tuple[Tensor, Tensor]:
+def policy_loss(
+    logp: Tensor, old_logp: Tensor, advantage: Tensor, weight: Tensor | float = 1.0
+) -> tuple[Tensor, Tensor]:
     """(losses, where the clip cut the gradient off) of single tokens."""
     ratio = (logp - old_logp).exp()
     gain, bounded = ratio * advantage, ratio.clamp(1 - CLIP_LOW, 1 + CLIP_HIGH) * advantage
-    return -torch.minimum(gain, bounded), bounded < gain
+    return -weight * torch.minimum(gain, bounded), bounded < gain
 
 
 def value_loss(value: Tensor, old_value: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:

@@ -39,5 +39,5 @@ def test_a_resumed_run_keeps_its_reference_which_the_actor_s_ranks_can_hold(tmp_
     assert abs(train[1]["loss/reference_kl"]) < 1e-6
     # The first policy, not the one that the run resumed from.
     assert all(row["loss/reference_kl"] > 1e-6 for row in train[2:])
-    assert all(row["loss/logprob_gap"] < 1e-4 for row in train[1:])  # swapped weights never reach an engine
+    assert all(row["mismatch/gap_max"] < 1e-4 for row in train[1:])  # swapped weights never reach an engine
     assert_nothing_left(marker)

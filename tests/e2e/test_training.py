@@ -20,7 +20,7 @@ def test_a_synchronous_run_trains_on_policy_publishes_and_exports(tmp_path, mark
     assert [row["step"] for row in train] == [1, 2, 3]
     assert all(row["train/staleness_max"] == 0 for row in train)
     # The engine's log-probs are the trainer's: every publish arrived, bit for bit in fp32.
-    assert all(row["loss/logprob_gap"] < 1e-4 for row in train)
+    assert all(row["mismatch/gap_max"] < 1e-4 for row in train)
     assert all(row["loss/grad_norm"] > 0 for row in train)
     assert [row["step"] for row in rows(run, "eval")] == [0, 3]
     assert {path.name for path in (run / "policy").iterdir()} >= {

@@ -72,6 +72,7 @@ def samples() -> list[TrainingSample]:
                 token_ids=random.integers(2, VOCAB_SIZE, length).tolist(),
                 loss_mask=[position > length // 3 for position in range(length)],
                 rollout_logprobs=[0.0] * length,
+                weight_versions=[0] * length,
                 reward=0.0,
                 group_id=index,
             )

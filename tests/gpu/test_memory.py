@@ -57,6 +57,7 @@ def full_batch() -> PackedBatch:
             token_ids=random.integers(0, ARCHITECTURE.vocab_size, length).tolist(),
             loss_mask=[position > 0 for position in range(length)],
             rollout_logprobs=[0.0] * length,
+            weight_versions=[0] * length,
             reward=0.0,
             group_id=0,
         )

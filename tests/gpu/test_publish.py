@@ -48,7 +48,7 @@ def test_every_publish_passes_the_canary_and_the_engine_follows_the_trainer(run:
     steps = [row for row in rows if row["split"] == "train"]
     assert len(steps) == 2
     # A publish raises when the canary differs by more than 0.1 nats; these are all sampled tokens.
-    assert all(row["loss/logprob_gap"] < 0.5 for row in steps)
+    assert all(row["mismatch/gap_max"] < 0.5 for row in steps)
 
 
 def test_a_publish_takes_no_more_than_the_planner_allows(run: Path) -> None:

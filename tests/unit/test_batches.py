@@ -13,7 +13,7 @@ from megatron_ztrl.config.schema import (
     RunConfig,
     TrainConfig,
 )
-from megatron_ztrl.data.batches import Scores, logprob_gap, pack_minibatches, with_targets
+from megatron_ztrl.data.batches import Scores, pack_minibatches, with_targets
 from megatron_ztrl.rollout.statistics import model_tokens, rollout_statistics
 from megatron_ztrl.types import (
     NOT_SAMPLED,
@@ -53,14 +53,14 @@ def call(result):
     return Turn(start=0, tool_start=1, end=2, code="", result=result)
 
 
-def config(**algorithm):
+def config(*, actor=None, **algorithm):
     return Config(
         run=RunConfig(directory="none"),
-        model=ModelConfig(path="none"),
+        model=ModelConfig(path="none", dtype="float32"),
         data=DataConfig(train=DatasetConfig(name="none", path="none")),
         train=TrainConfig(num_steps=1),
         algorithm=AlgorithmConfig(**algorithm),
-        actor=ActorConfig(max_tokens_per_microbatch=64),
+        actor=actor or ActorConfig(max_tokens_per_microbatch=64),
     )
 
 
@@ -76,10 +76,10 @@ def trained(batch, name):
     ]
 
 
-def batches(*, scores=None, **algorithm):
-    chosen = config(**algorithm)
+def batches(**algorithm):
+    chosen = config(old_logprobs="engine", **algorithm)
     packed = pack_minibatches([GROUP], chosen, np.random.default_rng(0))
-    ready, statistics = with_targets(packed, scores or [Scores()] * len(packed), chosen.algorithm)
+    ready, statistics = with_targets(packed, [Scores()] * len(packed), chosen, version=0)
     assert statistics == {}
     return [minibatch.actor for minibatch in ready]
 
@@ -108,25 +108,28 @@ def test_mini_batches_share_the_statistics_of_the_whole_step():
 
 def test_old_logprobs_come_from_the_engine_or_from_the_trainer():
     (batch,) = batches()
-    assert logprob_gap(batch) == 0.0
+    assert trained(batch, "old_logprobs") == [-0.5] * 4
+    chosen = config()
+    (packed,) = pack_minibatches([GROUP], chosen, np.random.default_rng(0))
     trainer = [
         [np.where(mb.loss_mask_T, np.float32(-0.75), np.float32(9.0)) for mb in rank]
-        for rank in batch.microbatches
+        for rank in packed.actor.microbatches
     ]
-    (attached,) = batches(scores=[Scores(old_logprobs=trainer)])
-    assert trained(attached, "old_logprobs") == [-0.75] * 4
-    assert logprob_gap(attached) == pytest.approx(0.25)
+    ([attached], statistics) = with_targets([packed], [Scores(old_logprobs=trainer)], chosen, version=0)
+    assert trained(attached.actor, "old_logprobs") == [-0.75] * 4
+    assert statistics["mismatch/gap_max"] == statistics["mismatch/gap_mean"] == 0.25
+    assert "importance_weights" not in attached.actor.microbatches[0][0].per_token  # float32, on policy
 
 
 def test_ppo_targets_follow_model_tokens_across_a_tool_reply():
-    chosen = config(advantage="gae", gamma=0.5, gae_lambda=0.5)
+    chosen = config(advantage="gae", gamma=0.5, gae_lambda=0.5, old_logprobs="engine")
     (packed,) = pack_minibatches([GROUP], chosen, np.random.default_rng(0))
     # The critic said 0.25 before every trained token, and nonsense elsewhere.
     values = [
         [np.where(mb.loss_mask_T, np.float32(0.25), np.float32(9.0)) for mb in rank]
         for rank in packed.critic.microbatches
     ]
-    ([ready], statistics) = with_targets([packed], [Scores(values=values)], chosen.algorithm)
+    ([ready], statistics) = with_targets([packed], [Scores(values=values)], chosen, version=0)
     # Rollout 1 (reward 1, three model tokens around one of the tool), from the last token backwards:
     # 1 - 0.25 = 0.75; (0.5 * 0.25 - 0.25) + 0.25 * 0.75 = 0.0625; -0.125 + 0.25 * 0.0625 = -0.109375.
     # Rollout 2 (reward 0, one token): -0.25.
@@ -139,6 +142,91 @@ def test_ppo_targets_follow_model_tokens_across_a_tool_reply():
     assert statistics["critic/value"] == 0.25
     assert statistics["critic/return"] == pytest.approx(np.mean(returns))
     assert statistics["critic/explained_variance"] == pytest.approx(0.0, abs=1e-6)  # a constant explains none
+
+
+def random_groups(random):
+    """Three groups of four rollouts with tool replies, each token with log-prob and version of its own."""
+    groups = []
+    for group_id in range(3):
+        rollouts = []
+        for _ in range(4):
+            length = int(random.integers(1, 25))
+            made = rollout(float(random.integers(2)), [1, *(random.random(length) < 0.7)])
+            made.logprobs = [-float(random.exponential()) if m else 0.0 for m in made.loss_mask]
+            made.token_ids = random.integers(3, 10**6, length + 1).tolist()
+            rollouts.append(made)
+        groups.append(RolloutGroup(group_id=group_id, prompt=PROMPT, rollouts=rollouts))
+    return groups
+
+
+@pytest.mark.parametrize("level", ["token", "sequence", "geometric"])
+@pytest.mark.parametrize(
+    ("data_parallel_size", "tokens", "minibatches"), [(1, 10_000, 1), (2, 40, 1), (3, 27, 1), (2, 64, 3)]
+)
+def test_weights_reach_their_own_tokens_however_the_step_is_cut(
+    level, data_parallel_size, tokens, minibatches
+):
+    groups = random_groups(np.random.default_rng(5))
+    actor = ActorConfig(max_tokens_per_microbatch=tokens, data_parallel_size=data_parallel_size)
+    chosen = config(
+        actor=actor, minibatches=minibatches, importance_correction="truncate", importance_level=level
+    )
+    # What the trainer says depends on the token alone, so that it can be told without the packing.
+    shift = np.random.default_rng(6).normal(0, 0.3, 10**6)
+    expected = {}
+    for group in groups:
+        for r in group.rollouts:
+            mine = [i for i, sampled in enumerate(r.loss_mask) if sampled]
+            ratios = [np.exp(shift[r.token_ids[i]]) for i in mine]
+            if level != "token":
+                whole = np.prod(ratios)
+                ratios = [whole if level == "sequence" else whole ** (1 / len(ratios))] * len(ratios)
+            expected |= {r.token_ids[i]: min(ratio, 2.0) for i, ratio in zip(mine, ratios, strict=True)}
+    packed = pack_minibatches(groups, chosen, np.random.default_rng(0))
+    scores = [
+        Scores(
+            old_logprobs=[
+                [mb.per_token["rollout_logprobs"] + shift[mb.target_ids_T] for mb in rank]
+                for rank in minibatch.actor.microbatches
+            ]
+        )
+        for minibatch in packed
+    ]
+    ready, statistics = with_targets(packed, scores, chosen, version=0)
+    found = {}
+    for minibatch in ready:
+        for rank in minibatch.actor.microbatches:
+            for mb in rank:
+                weight_T = mb.per_token["importance_weights"]
+                assert (weight_T[~mb.loss_mask_T] == 0).all()
+                found |= dict(
+                    zip(mb.target_ids_T[mb.loss_mask_T], weight_T[mb.loss_mask_T].tolist(), strict=True)
+                )
+    assert found.keys() == expected.keys()
+    assert found == pytest.approx(expected, rel=1e-5)
+    assert sum(minibatch.actor.trained_tokens for minibatch in ready) == len(expected)
+    assert statistics["importance/weight_mean"] == pytest.approx(np.mean(list(expected.values())), rel=1e-5)
+
+
+def test_masked_tokens_stay_in_the_denominator():
+    chosen = config(importance_correction="mask", importance_cap=1.1, importance_floor=0.9)
+    (packed,) = pack_minibatches([GROUP], chosen, np.random.default_rng(0))
+    trainer = [[np.full(mb.loss_mask_T.shape, -3.0) for mb in rank] for rank in packed.actor.microbatches]
+    ([ready], statistics) = with_targets([packed], [Scores(old_logprobs=trainer)], chosen, version=0)
+    assert trained(ready.actor, "importance_weights") == [0.0] * 4
+    assert ready.actor.trained_tokens == 4
+    assert statistics["importance/cut"] == 1.0
+    assert statistics["importance/effective_share"] == 0.0
+
+
+def test_tokens_of_older_weights_do_not_count_as_mismatch():
+    chosen = config()
+    (packed,) = pack_minibatches([GROUP], chosen, np.random.default_rng(0))
+    trainer = [[mb.per_token["rollout_logprobs"] - 1.0 for mb in rank] for rank in packed.actor.microbatches]
+    _, statistics = with_targets([packed], [Scores(old_logprobs=trainer)], chosen, version=1)
+    assert statistics["staleness/gap_max"] == 1.0  # GROUP was sampled under version 0
+    assert statistics["staleness/share"] == 1.0
+    assert not any(key.startswith("mismatch/") for key in statistics)
 
 
 def test_statistics_count_executed_beside_written_code_and_leave_out_infrastructure_failures():

@@ -59,6 +59,15 @@ def test_the_defaults_are_accepted(yaml_file: Path) -> None:
             "minibatches: 3 .* is 2",
         ),
         (["algorithm.critic_warmup_steps=1"], "critic_warmup_steps: there is no critic"),
+        (
+            ["algorithm.importance_correction=mask", "algorithm.old_logprobs=engine"],
+            "importance_correction: 'mask' .*old_logprobs is 'engine'; set that to trainer, or this to none",
+        ),
+        (
+            ["algorithm.mismatch_alarm=0.1", "algorithm.old_logprobs=engine"],
+            "mismatch_alarm: needs the trainer's log-probs; set algorithm.old_logprobs to trainer",
+        ),
+        (["algorithm.importance_cap=0.9"], "importance_cap: must be at least 1, got 0.9"),
         (["algorithm.advantage=gae", "critic.value_clip=0"], "critic.value_clip: must be above 0"),
         (
             ["algorithm.advantage=gae", "critic.max_tokens_per_microbatch=100"],

@@ -77,6 +77,41 @@ def test_an_empty_microbatch_gives_zero_sums_that_can_be_differentiated():
     assert logp_T.grad.tolist() == [0.0, 0.0]
 
 
+def test_importance_weights_multiply_the_loss_and_nothing_else():
+    # As above, 2.56, -1.5, 0.5 and -2.4, now weighted 0.5, 2, 0 and 1.
+    weighted, plain = (
+        ppo_clip_loss(
+            _log(1.5, 1.5, 0.5, 0.5),
+            torch.zeros(4),
+            torch.tensor([2.0, -1.0, 1.0, -3.0]),
+            torch.ones(4, dtype=torch.bool),
+            clip_low=0.2,
+            clip_high=0.28,
+            weights_T=weights_T,
+        )
+        for weights_T in (torch.tensor([0.5, 2.0, 0.0, 1.0]), None)
+    )
+    assert weighted.loss_sum.item() == pytest.approx(-(1.28 - 3.0 - 2.4), abs=1e-6)
+    for name in ("clipped_sum", "kl_sum", "ratio_sum"):
+        assert getattr(weighted, name).item() == getattr(plain, name).item()
+
+
+def test_a_token_of_weight_zero_has_no_gradient_and_an_untrained_one_may_have_any_weight():
+    logp_T = torch.zeros(4, requires_grad=True)
+    weights_T = torch.tensor([0.5, 0.0, 1.0, math.nan])
+    loss = ppo_clip_loss(
+        logp_T,
+        torch.zeros(4),
+        torch.tensor([0.7, -0.3, 1.0, 5.0]),
+        torch.tensor([True, True, True, False]),
+        clip_low=0.2,
+        clip_high=0.2,
+        weights_T=weights_T,
+    )
+    loss.loss_sum.backward()
+    assert logp_T.grad.tolist() == pytest.approx([-0.35, 0.0, -1.0, 0.0])
+
+
 def test_value_loss_takes_the_larger_of_plain_and_clipped_error():
     # old 0, clip 0.2. value 0.5, return 1: plain .25, clipped (0.2 - 1)^2 = .64 -> clipped, no gradient.
     # value 0.5, return 0: plain .25, clipped .04 -> plain. value 0.1, return 1: both .81.

@@ -13,7 +13,7 @@ from megatron_ztrl.data.packing import (
     trained_values,
     with_per_token,
 )
-from megatron_ztrl.types import TrainingSample
+from megatron_ztrl.types import NOT_SAMPLED, TrainingSample
 
 
 def _sample(token_ids: list[int], prompt_tokens: int, reward: float = 1.0) -> TrainingSample:
@@ -22,6 +22,7 @@ def _sample(token_ids: list[int], prompt_tokens: int, reward: float = 1.0) -> Tr
         token_ids=token_ids,
         loss_mask=[False] * prompt_tokens + [True] * response,
         rollout_logprobs=[0.0] * prompt_tokens + [-0.5 - i for i in range(response)],
+        weight_versions=[0] * len(token_ids),
         reward=reward,
         group_id=0,
     )
@@ -35,7 +36,14 @@ def _random_samples(rng: np.random.Generator, count: int, longest: int) -> list[
         logprobs = [-float(x) if m else 0.0 for x, m in zip(rng.random(length), mask, strict=True)]
         ids = rng.integers(1, 1000, length).tolist()
         samples.append(
-            TrainingSample(token_ids=ids, loss_mask=mask, rollout_logprobs=logprobs, reward=0.0, group_id=0)
+            TrainingSample(
+                token_ids=ids,
+                loss_mask=mask,
+                rollout_logprobs=logprobs,
+                weight_versions=[0] * length,
+                reward=0.0,
+                group_id=0,
+            )
         )
     return samples
 
@@ -46,6 +54,7 @@ def test_arrays_are_aligned_with_the_predicting_position_and_padding_is_a_sequen
         token_ids=[20, 21, 22, 23],
         loss_mask=[False, True, False, True],
         rollout_logprobs=[0.0, -1.0, 0.0, -2.0],
+        weight_versions=[NOT_SAMPLED, 0, NOT_SAMPLED, 0],
         reward=0.0,
         group_id=0,
     )
@@ -193,7 +202,14 @@ def test_minibatches_are_a_seeded_partition_of_nearly_equal_sizes():
 
 def test_packing_time_is_linear_in_tokens_not_in_bins():
     ids, mask, logprobs = list(range(256)), [False] + [True] * 255, [0.0] * 256
-    sample = TrainingSample(token_ids=ids, loss_mask=mask, rollout_logprobs=logprobs, reward=0.0, group_id=0)
+    sample = TrainingSample(
+        token_ids=ids,
+        loss_mask=mask,
+        rollout_logprobs=logprobs,
+        weight_versions=[0] * len(ids),
+        reward=0.0,
+        group_id=0,
+    )
     started = time.process_time()
     batch = pack([sample] * 8192, max_tokens_per_microbatch=512, data_parallel_size=1, pad_to_multiple=8)
     assert len(batch.microbatches[0]) == 4096

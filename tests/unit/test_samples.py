@@ -16,7 +16,7 @@ def _rollout(stop_reason: StopReason, reward: float | None) -> Rollout:
         token_ids=[3, 4, 5],
         logprobs=[-0.5, 0.0, -1.5],
         loss_mask=[True, False, True],
-        weight_versions=[0, -1, 0],
+        weight_versions=[4, -1, 5],
         stop_reason=stop_reason,
         reward=reward,
     )
@@ -29,6 +29,7 @@ def test_prompt_and_response_are_flattened_with_prompt_and_tool_tokens_masked():
     assert sample.token_ids == [1, 2, 3, 4, 5]
     assert sample.loss_mask == [False, False, True, False, True]
     assert sample.rollout_logprobs == [0.0, 0.0, -0.5, 0.0, -1.5]
+    assert sample.weight_versions == [-1, -1, 4, -1, 5]
     assert (sample.reward, sample.group_id) == (1.0, 3)
 
 
