@@ -241,6 +241,10 @@ class SGLangConfig(Section):
 class PublishConfig(Section):
     """Weight publishing and its check."""
 
+    interruption: Literal["retract", "abort", "in_place"] = "retract"
+    """What happens to running requests: the server keeps them and computes their KV anew (``retract``); they
+    return what they have, and the client sends them again (``abort``); or they go on with the KV of the old
+    weights (``in_place``). The last is inexact, and turns the engines' prefix cache off."""
     verify_interval_steps: int = 1
     """How often the canary prompt's log-probs are compared; 0 never."""
     max_logprob_gap: float | None = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Any, Literal, Self
@@ -16,9 +17,16 @@ KEEPALIVE_SECONDS = 300.0
 request.
 """
 
+ABORT_ROUNDS = 20
+ABORT_ROUND_SECONDS = 0.05
+
 
 class EngineError(RuntimeError):
     """The engine could not be reached, or refused a request; the message names the endpoint."""
+
+
+class EngineUnreachable(EngineError):
+    """Nobody is there, or nobody any more: whatever the engine did with the request, no answer will come."""
 
 
 class EngineClient:
@@ -35,6 +43,8 @@ class EngineClient:
             headers={"Content-Type": "application/json"},
             auto_decompress=False,
         )
+        self._in_flight: set[asyncio.Future[None]] = set()
+        """One for each ``generate`` that has not returned."""
 
     async def __aenter__(self) -> Self:
         return self
@@ -91,16 +101,22 @@ class EngineClient:
             parameters["stop_regex"] = list(stop_patterns)
         if seed is not None:
             parameters["sampling_seed"] = seed
-        reply = await self._post(
-            "/generate",
-            {
-                "rid": request_id,
-                "input_ids": list(input_ids),
-                "sampling_params": parameters,
-                "return_logprob": True,
-                "logprob_start_len": -1,
-            },
-        )
+        returned = asyncio.get_running_loop().create_future()
+        self._in_flight.add(returned)
+        try:
+            reply = await self._post(
+                "/generate",
+                {
+                    "rid": request_id,
+                    "input_ids": list(input_ids),
+                    "sampling_params": parameters,
+                    "return_logprob": True,
+                    "logprob_start_len": -1,
+                },
+            )
+        finally:
+            self._in_flight.discard(returned)
+            returned.set_result(None)
         return _completion(reply)
 
     async def prompt_logprobs(self, token_ids: Sequence[int]) -> list[float]:
@@ -120,8 +136,25 @@ class EngineClient:
         """End one request, or with None all; each returns the tokens it has, with ``FinishReason.ABORT``."""
         await self._post("/abort_request", {"abort_all": True} if request_id is None else {"rid": request_id})
 
-    async def pause(self, mode: Literal["retract", "abort", "in_place"] = "retract") -> None:
-        """Stop sampling. ``retract`` keeps the running requests and computes their KV anew on ``resume``."""
+    async def abort_in_flight(self) -> None:
+        """End all requests, and wait until those that this client has sent are back.
+
+        A request that is on its way when the server ends the others runs on, so this asks again, for about a
+        second; what is still running then (say, because the server is paused) goes on.
+        """
+        waiting = set(self._in_flight)
+        for _ in range(ABORT_ROUNDS):
+            if not waiting:
+                return
+            await self.abort(None)
+            _, waiting = await asyncio.wait(waiting, timeout=ABORT_ROUND_SECONDS)
+
+    async def pause(self, mode: Literal["retract", "in_place"]) -> None:
+        """Stop sampling, and hold back requests that arrive; see ``interruption``.
+
+        ``retract`` frees the KV of the running requests, and computes it anew on ``resume``; ``in_place``
+        keeps it.
+        """
         await self._post("/pause_generation", {"mode": mode})
 
     async def resume(self) -> None:
@@ -136,27 +169,38 @@ class EngineClient:
         """Close the weight update."""
         await self._post("/end_weight_update", {})
 
-    async def load_weights(self, payloads: Sequence[str], *, loader: str, version: int) -> None:
-        """Run the custom weight loader in every rank, then forget all cached KV.
+    async def load_weights(self, payloads: Sequence[str], *, loader: str, version: int | None) -> None:
+        """Run the custom weight loader in every rank. Cached KV stays: see ``interruption.resume``.
 
         Args:
-            payloads: one for each tensor-parallel rank (``weight_receiver.payload``).
+            payloads: one for each tensor-parallel rank (see ``weight_receiver``).
             loader: dotted name of the loader, as the server was started with.
-            version: tokens sampled from now on carry it.
+            version: tokens sampled from now on carry it; None leaves it.
         """
         await self._post(
             "/update_weights_from_tensor",
             {
                 "serialized_named_tensors": list(payloads),
                 "load_format": loader,
-                "weight_version": str(version),
-                "flush_cache": True,  # exactly one flush: the pause has emptied the running batch
+                "weight_version": None if version is None else str(version),
+                "flush_cache": False,  # it would kill the server where it cannot be done
             },
         )
 
     async def flush_cache(self) -> None:
-        """Forget all cached KV; refused while requests run."""
+        """Forget all cached KV; an error while requests run, or wait in a server that is not paused."""
         await self._post("/flush_cache", {})
+
+    async def healthy(self) -> bool:
+        """Whether the engine samples: it is asked for one token if it has nothing else to do.
+
+        False within 20 s while it is paused, or hangs.
+        """
+        try:
+            await self._request("GET", "/health", None)
+        except EngineError:
+            return False
+        return True
 
     async def weight_version(self) -> int:
         """Return the version that new tokens carry."""
@@ -166,6 +210,8 @@ class EngineClient:
         return await self._request("POST", path, orjson.dumps(body))
 
     async def _request(self, method: str, path: str, data: bytes | None) -> Any:
+        if self._session.closed:
+            raise EngineUnreachable(f"{self.url}{path}: the client is closed")
         try:
             async with self._session.request(method, self.url + path, data=data) as response:
                 content = await response.read()
@@ -173,6 +219,8 @@ class EngineClient:
                     raise EngineError(
                         f"{self.url}{path}: {response.status} {content[:500].decode(errors='replace')}"
                     )
+        except (aiohttp.ClientConnectionError, aiohttp.ClientPayloadError) as error:
+            raise EngineUnreachable(f"{self.url}{path}: {type(error).__name__}: {error}") from error
         except (aiohttp.ClientError, TimeoutError) as error:
             raise EngineError(f"{self.url}{path}: {type(error).__name__}: {error}") from error
         return orjson.loads(content) if content[:1] in (b"{", b"[") else None

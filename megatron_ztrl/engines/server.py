@@ -212,6 +212,8 @@ def _server_args(config: Config, index: int, device: str) -> dict[str, Any]:
         "custom_weight_loader": [WEIGHT_LOADER],
         "weight_version": "0",
     }
+    if config.publish.interruption == "in_place":  # nothing flushes it there, and old KV must not be shared
+        owned["disable_radix_cache"] = True
     given = config.sglang.server_args
     for key in {*owned, "host", "port"} & given.keys():
         raise ValueError(

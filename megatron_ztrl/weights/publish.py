@@ -16,7 +16,7 @@ from typing import Any, Literal, Protocol
 import torch.distributed as dist
 
 from megatron_ztrl.config.schema import Config
-from megatron_ztrl.engines import weight_receiver
+from megatron_ztrl.engines import interruption, weight_receiver
 from megatron_ztrl.engines.client import EngineClient
 from megatron_ztrl.engines.parameters import engine_slices
 from megatron_ztrl.engines.server import WEIGHT_LOADER
@@ -121,11 +121,11 @@ class WeightPublisher:
         """
         started = time.perf_counter()
         try:
-            await self._each(lambda engine: engine.pause("retract"))
+            await interruption.pause(self._engines, self._config.publish.interruption)
             await self._each(lambda engine: engine.begin_weight_update())
             await self._transfer(version)
             await self._each(lambda engine: engine.end_weight_update())
-            await self._each(lambda engine: engine.resume())
+            await interruption.resume(self._engines, self._config.publish.interruption)
             pause_seconds = time.perf_counter() - started
             gap = await self._verify(version) if self._due(version) else None
         except* Exception as errors:

@@ -1,0 +1,66 @@
+"""What a publish does to the requests that the engines are running: the strategies of ``publish.interruption``.
+
+| strategy | running requests | their KV | KV of finished ones |
+|---|---|---|---|
+| ``retract`` | stay in the server | computed anew | flushed |
+| ``abort`` | return what they have; the caller resumes them | computed anew | flushed |
+| ``in_place`` | stay in the server | kept: inexact | never shared (the server has no prefix cache) |
+
+Whatever the strategy, requests that arrive meanwhile wait in the server until ``resume``, and each token
+carries the version of the weights that sampled it. ``retract`` and ``abort`` are exact: every log-prob is
+that of the token's own version given the whole sequence.
+
+SGLang's own pause with mode ``abort`` is not used: it polls once a second, and its scheduler goes on, so that
+a request that slips in is running when the cache has to be flushed. Here the scheduler stands still in every
+strategy, and the flush is a request of its own, so that a refusal is an error here and not the death of the
+server.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Coroutine, Sequence
+from typing import Any, Literal
+
+from megatron_ztrl.engines.client import EngineClient
+
+Strategy = Literal["retract", "abort", "in_place"]
+
+
+async def pause(engines: Sequence[EngineClient], strategy: Strategy) -> None:
+    """Stop all engines between two tokens. Weights may change when this returns.
+
+    Raises:
+        EngineError: an engine failed; the others may be paused.
+    """
+
+    async def stop(engine: EngineClient) -> None:
+        if strategy == "abort":
+            await engine.abort_in_flight()
+        # After an abort, requests that came in since are what is left to retract.
+        await engine.pause("in_place" if strategy == "in_place" else "retract")
+
+    await _each(engines, stop)
+
+
+async def resume(engines: Sequence[EngineClient], strategy: Strategy) -> None:
+    """Let all engines go on, under the weights that they have now and, unless ``in_place``, with no cached KV.
+
+    Raises:
+        EngineError: an engine failed, or could not forget its KV; that one stays paused.
+    """
+
+    async def go_on(engine: EngineClient) -> None:
+        if strategy != "in_place":  # SGLang flushes nothing while requests hold their KV
+            await engine.flush_cache()
+        await engine.resume()
+
+    await _each(engines, go_on)
+
+
+async def _each(
+    engines: Sequence[EngineClient], call: Callable[[EngineClient], Coroutine[Any, Any, None]]
+) -> None:
+    async with asyncio.TaskGroup() as tasks:
+        for engine in engines:
+            tasks.create_task(call(engine))
