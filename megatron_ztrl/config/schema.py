@@ -75,6 +75,15 @@ class RolloutConfig(Section):
     """Steps a sampled token may lag behind the trainer; 0 is synchronous and exactly on-policy."""
     max_response_tokens: int = 8192
     """Model and tool tokens together."""
+    deadline_seconds: float | None = None
+    """The longest that one rollout may take once it has an engine. One that misses it is left out of the loss, as if
+    the infrastructure had failed it, so set it well above what the longest response takes: it is there for what
+    hangs, and where it bites it favours short responses."""
+    group_deadline_seconds: float | None = None
+    """The same for all rollouts of a group, once the first of them has an engine."""
+    max_call_tokens: int = 4096
+    """The most tokens that one engine call samples: what a killed driver may lose of a rollout. The call after it
+    finds its prefix cached."""
     temperature: float = 1.0
     top_p: float = 1.0
 
@@ -109,6 +118,8 @@ class SandboxConfig(Section):
     preload: list[str] = field(default_factory=lambda: ["math", "sympy"])
     """Modules that the warm interpreters have imported already."""
     memory_limit_bytes: int = 1 << 30
+    max_restarts: int = 5
+    """Like ``engine.max_restarts``."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,13 +175,15 @@ class AlgorithmConfig(Section):
 
 @dataclass(frozen=True, kw_only=True)
 class WorldConfig(Section):
-    """A model in Megatron: its layout and its optimizer. World size = tensor x pipeline x data parallel size."""
+    """A model in Megatron: its layout and its optimizer. World size = tensor x pipeline x data x context size."""
 
     tensor_parallel_size: int = 1
     pipeline_parallel_size: int = 1
     virtual_pipeline_size: int = 1
     """Model chunks of each pipeline stage; more than 1 is Megatron's interleaved schedule."""
     data_parallel_size: int = 1
+    context_parallel_size: int = 1
+    """Ranks that share every sequence: each has ``1 / N`` of its tokens and activations."""
     sequence_parallel: bool = False
     max_tokens_per_microbatch: int = 16384
     """Padded tokens of one packed microbatch; also the longest sequence that can be trained."""
@@ -228,6 +241,11 @@ class EngineConfig(Section):
     max_running_requests: int = 256
     startup_timeout_seconds: float = 600.0
     request_timeout_seconds: float = 3600.0
+    max_restarts: int = 5
+    """Times in a row that an engine is started again, each death within ten minutes of its start; then it is given
+    up, and the last one ends the run."""
+    health_timeout_seconds: float = 300.0
+    """An engine that answers no health check for so long, publishes aside, is replaced."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -245,6 +263,10 @@ class PublishConfig(Section):
     """What happens to running requests: the server keeps them and computes their KV anew (``retract``); they
     return what they have, and the client sends them again (``abort``); or they go on with the KV of the old
     weights (``in_place``). The last is inexact, and turns the engines' prefix cache off."""
+    bucket_bytes: int = 32 << 20
+    """Size of one message. Sending or receiving, a rank needs twice this memory, whatever the model's size."""
+    checksums: bool = True
+    """Compare the sum of every block's bit patterns, in the engine's parameter and where it was sent."""
     verify_interval_steps: int = 1
     """How often the canary prompt's log-probs are compared; 0 never."""
     max_logprob_gap: float | None = None
@@ -268,6 +290,13 @@ class EvalConfig(Section):
     """One evaluation per value of N, before and after training."""
     interval_env_iterations: list[int] = field(default_factory=list)
     """The values of N evaluated in between; empty means all."""
+    beside_steps: int = 0
+    """How many training steps may end while an evaluation between the first and the last step runs. 0: training waits
+    for it. 1: it runs beside the next step, and the publish that ends this waits for it, so that every token is of the
+    evaluated policy. k: beside k steps; up to k - 1 later policies may then write a part of its rollouts, and
+    ``eval/newest_version`` says which was the last."""
+    beside_share: float = 0.25
+    """Of the rollouts that all engines run at once, what an evaluation beside training may take."""
     samples_per_prompt: int = 1
     temperature: float = 1.0
     top_p: float = 1.0

@@ -1,22 +1,35 @@
-"""The process group that carries weights from trainer ranks to engine ranks, and its buckets.
+"""The process group that carries weights from trainer ranks to engine ranks, and how its members agree.
 
 Both ends import this module, the receiving one inside the SGLang server, so it needs torch only. The group
 is made of torch's process-group objects directly on a store: neither end's default group is touched, and no
 private function of torch is called.
+
+Nothing is written before everybody is ready: each publish begins at a gate that opens when all members have
+checked what they will do, or closes with the reason of whoever refused. A member that fails later leaves the
+group, which ends the waiting of its peers at once; what became of everyone is in their reports.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import contextlib
+import json
+import threading
+from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Literal, Protocol, cast
+from typing import Any, Literal, Protocol, cast
 
 import torch
 import torch.distributed as dist
 
-BUCKET_BYTES = 128 << 20
-"""Staging memory for one peer."""
+CONNECT_SECONDS = 60.0
+"""The longest that members who are all present take to connect."""
+JOINED = "joined"
+OPEN = "open"
+
+
+class Refused(RuntimeError):
+    """A member would not begin, so nothing was written; the message says who and why."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -31,23 +44,15 @@ class WeightGroup:
     backend: Literal["gloo", "nccl"]
     dtype: Literal["float32", "bfloat16"]
     """What travels: the engine's dtype."""
+    bucket_bytes: int
+    """Of one message; a rank stages two."""
+    checksums: bool
     timeout_seconds: float
+    """The longest wait for a peer that lives and does nothing."""
 
-
-@dataclass(frozen=True, slots=True)
-class Piece:
-    """``param[start : start + length]`` along ``dim``, at one end of a transfer."""
-
-    peer: int
-    """Group rank at the other end."""
-    param: str
-    dim: int
-    start: int
-    length: int
-
-    def of(self, parameter: torch.Tensor) -> torch.Tensor:
-        """Return the view of the parameter."""
-        return parameter.narrow(self.dim, self.start, self.length)
+    def gate(self, publish: int) -> str:
+        """Name of the gate at which publish ``publish`` of this group begins."""
+        return f"{publish}/checked"
 
 
 class Channel(Protocol):
@@ -57,58 +62,101 @@ class Channel(Protocol):
 
     def recv(self, tensors: list[torch.Tensor], peer: int, tag: int, /) -> dist.Work: ...
 
+    def abort(self) -> None: ...
 
-def join(group: WeightGroup, rank: int) -> Channel:
-    """Enter the group; returns when all ranks have.
 
-    Raises:
-        RuntimeError: not everybody came within the time-out; names the group and the rank.
-    """
-    timeout = timedelta(seconds=group.timeout_seconds)
-    try:
-        store = dist.TCPStore(group.address, group.port, is_master=False, timeout=timeout)
-        prefixed = dist.PrefixStore(group.name, store)
+class Member:
+    """One rank's membership in a group."""
+
+    def __init__(self, group: WeightGroup, rank: int) -> None:
+        """Enter the group; returns when all ranks have, and are connected.
+
+        Raises:
+            Refused: somebody cannot come.
+            RuntimeError: not everybody came within the time-out; names the group and the rank.
+        """
+        self.group = group
+        self.rank = rank
+        self._timeout = timedelta(seconds=group.timeout_seconds)
+        self._store = self._connect_store()
+        self.gate(JOINED)
+        self.channel = self._connect()
+
+    def gate(self, name: str) -> None:
+        """Wait until every member has come to this gate.
+
+        Raises:
+            Refused: somebody closed it.
+            RuntimeError: not everybody came within the time-out.
+        """
+        if self._store.add(f"{name}/arrived", 1) == self.group.world_size:
+            close_gate(self._store, name, OPEN)
+        key = f"{name}/verdict"
+        try:
+            self._store.wait([key], self._timeout)
+        except RuntimeError as error:
+            raise RuntimeError(
+                f"weight group {self.group.name}: {self._store.add(f'{name}/arrived', 0)} of"
+                f" {self.group.world_size} ranks came within {self.group.timeout_seconds:.0f} s: {error}"
+            ) from error
+        verdict = self._store.get(key).decode()
+        if verdict != OPEN:
+            raise Refused(verdict)
+
+    def refuse(self, publish: int, reason: str) -> None:
+        """Keep everybody from beginning."""
+        close_gate(self._store, self.group.gate(publish), reason)
+
+    def report(self, publish: int, report: dict[str, Any]) -> None:
+        """Leave word for the driver of what became of this rank."""
+        self._store.set(f"{publish}/report/{self.rank}", json.dumps(report))
+
+    @contextlib.contextmanager
+    def transfer(self, publish: int) -> Iterator[Channel]:
+        """The channel, for as long as everybody goes on; an error inside leaves the group."""
+        if self.group.backend == "nccl":
+            threading.Thread(target=self._abort_when_told, args=(publish,), daemon=True).start()
+        try:
+            yield self.channel
+        except BaseException:
+            self.leave()
+            raise
+
+    def leave(self) -> None:
+        """Close all connections, so that no peer waits for this rank."""
+        if self.group.backend == "nccl":
+            self.channel.abort()
+        del self.channel  # gloo closes its sockets with the last reference
+
+    def _abort_when_told(self, publish: int) -> None:
+        """NCCL does not notice that a peer died; the driver does, and says so."""
+        store, key = self._connect_store(), f"{publish}/over"
+        store.wait([key], self._timeout)
+        if store.get(key) != b"done":
+            self.channel.abort()
+
+    def _connect_store(self) -> dist.Store:
+        group = self.group
+        try:
+            store = dist.TCPStore(group.address, group.port, is_master=False, timeout=self._timeout)
+        except RuntimeError as error:
+            raise RuntimeError(
+                f"weight group {group.name}: rank {self.rank} of {group.world_size} cannot reach"
+                f" {group.address}:{group.port} within {group.timeout_seconds:.0f} s: {error}"
+            ) from error
+        return dist.PrefixStore(group.name, store)
+
+    def _connect(self) -> Channel:
+        group = self.group
+        store = dist.PrefixStore("connect", self._store)
         if group.backend == "nccl":
             options = dist.ProcessGroupNCCL.Options()
-            options._timeout = timeout
-            return cast(Channel, dist.ProcessGroupNCCL(prefixed, rank, group.world_size, options))
-        return cast(Channel, dist.ProcessGroupGloo(prefixed, rank, group.world_size, timeout))
-    except RuntimeError as error:
-        raise RuntimeError(
-            f"weight group {group.name}: rank {rank} of {group.world_size} could not join at"
-            f" {group.address}:{group.port} within {group.timeout_seconds:.0f} s: {error}"
-        ) from error
+            options._timeout = self._timeout
+            return cast(Channel, dist.ProcessGroupNCCL(store, self.rank, group.world_size, options))
+        timeout = timedelta(seconds=min(CONNECT_SECONDS, group.timeout_seconds))
+        return cast(Channel, dist.ProcessGroupGloo(store, self.rank, group.world_size, timeout))
 
 
-def peer_order(rank: int, peers: Sequence[int]) -> list[int]:
-    """Order a rank's peers so that all ranks agree on the order of all pairs.
-
-    Pairs are served by the distance between their ranks. Both ends of every pair then meet in the same
-    round: NCCL, which opens each pair's communicator with a blocking call, cannot lock up, and no round
-    visits one rank twice.
-    """
-    return sorted(peers, key=lambda peer: abs(peer - rank))
-
-
-def buckets(
-    pieces: Sequence[Piece], parameter: Callable[[str], torch.Tensor], dtype: torch.dtype, bucket_bytes: int
-) -> Iterator[list[torch.Tensor]]:
-    """Cut one peer's pieces, in order, into lists of views of at most ``bucket_bytes`` each.
-
-    Both ends see the same sizes in the same order, so they cut alike. A piece longer than a bucket is split
-    along its first dimension; a single row may exceed the bucket.
-    """
-    limit = bucket_bytes // dtype.itemsize
-    bucket: list[torch.Tensor] = []
-    filled = 0
-    for piece in pieces:
-        view = piece.of(parameter(piece.param))
-        rows = max(1, limit // max(1, view[0].numel()))
-        for part in view.split(rows):
-            if bucket and filled + part.numel() > limit:
-                yield bucket
-                bucket, filled = [], 0
-            bucket.append(part)
-            filled += part.numel()
-    if bucket:
-        yield bucket
+def close_gate(store: dist.Store, name: str, verdict: str) -> None:
+    """Decide a gate, unless it is decided already; ``OPEN`` opens it, any other text is why not."""
+    store.compare_set(f"{name}/verdict", "", verdict)

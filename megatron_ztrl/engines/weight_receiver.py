@@ -2,10 +2,11 @@
 
 ``--custom-weight-loader megatron_ztrl.engines.weight_receiver.load`` makes the stock server call
 ``load(model, ...)`` with whatever ``/update_weights_from_tensor`` carried. That is only a message
-(``payload``): which group to join and, the first time, which slices come from which trainer rank. The
-weights themselves arrive over the group, straight from the ranks that hold them.
+(``receive_message``, ``commit_message``). The weights themselves arrive over the weight group.
 
-An error here ends the engine, on purpose: its parameters may be half old, half new.
+Two calls make a publish. The first receives, and always returns: an engine that did not get everything says
+so in its report, and may be told to receive again. The second commits; SGLang takes the new version and forgets
+its cache with it. A commit of incomplete weights raises, which ends the engine: it must not sample.
 """
 
 from __future__ import annotations
@@ -13,118 +14,174 @@ from __future__ import annotations
 import base64
 import json
 import pickle
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, astuple
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from megatron_ztrl.engines.weight_group import (
-    BUCKET_BYTES,
-    Channel,
-    Piece,
-    WeightGroup,
-    buckets,
-    join,
-    peer_order,
-)
+from megatron_ztrl.engines.weight_group import Channel, Member, Refused, WeightGroup
+from megatron_ztrl.engines.weight_stream import Bucket, Link, Piece, Staging, schedule, wait
 
-
-@dataclass(frozen=True, slots=True)
-class _Membership:
-    group: WeightGroup
-    channel: Channel
-    pieces: dict[int, list[Piece]]
-    """Source rank to what it sends, in the order of sending."""
-
-
-_membership: _Membership | None = None
+_member: Member | None = None
 """Joined at the first publish and kept: SGLang calls a function, so the state has to live in the module."""
+_buckets: list[Bucket] = []
+_complete_version: int | None = None
+"""The version whose weights this rank holds entirely; None while they are a mixture."""
 
 
-def payload(group_name: str, membership: tuple[WeightGroup, int, Sequence[Piece]] | None = None) -> str:
-    """Make the message for one engine rank.
+def receive_message(
+    publish: int, version: int, membership: tuple[WeightGroup, int, Sequence[Link]] | None = None
+) -> str:
+    """Make the message that lets one engine rank receive.
 
     Args:
-        group_name: the group that the weights come over.
+        publish: number of this publish within the group.
+        version: of the weights.
         membership: the group, this rank's number in it and all it receives; only the first time.
 
     Returns:
         What ``serialized_named_tensors`` wants: a base64 pickle of ``(name, tensor)`` pairs. The message is
         the name.
     """
-    message: dict[str, Any] = {"group": group_name}
+    message: dict[str, Any] = {"publish": publish, "version": version}
     if membership is not None:
-        group, rank, pieces = membership
-        pieces_json = [[p.peer, p.param, p.dim, p.start, p.length] for p in pieces]
-        message["join"] = {"group": asdict(group), "rank": rank, "pieces": pieces_json}
+        group, rank, links = membership
+        message["join"] = {"group": asdict(group), "rank": rank, "links": [astuple(link) for link in links]}
+    return _payload(message)
+
+
+def commit_message(version: int) -> str:
+    """Make the message after which the engine serves what it received."""
+    return _payload({"commit": version})
+
+
+def _payload(message: dict[str, Any]) -> str:
     return base64.b64encode(pickle.dumps([(json.dumps(message), torch.empty(0))])).decode()
 
 
 def load(model: torch.nn.Module, named_tensors: Sequence[tuple[str, torch.Tensor]]) -> None:
-    """Receive this rank's slices of the new weights into ``model``.
+    """Receive this rank's slices of the new weights into ``model``, or commit them.
 
     Raises:
-        RuntimeError: the group did not come together, or a sender fell silent, within the group's time-out.
+        RuntimeError: a commit of weights that are not complete.
     """
-    global _membership
     message = json.loads(named_tensors[0][0])
+    if "commit" in message:
+        if _complete_version != message["commit"]:
+            raise RuntimeError(f"weights of version {message['commit']} are not complete on this engine rank")
+    else:
+        _receive(dict(model.named_parameters()), message)
+
+
+def _receive(parameters: dict[str, torch.nn.Parameter], message: dict[str, Any]) -> None:
+    """Take part in one publish, and leave word of it."""
+    global _member, _complete_version
+    publish = message["publish"]
     if "join" in message:
-        _membership = _join(message["join"])
-    if _membership is None or _membership.group.name != message["group"]:
-        raise RuntimeError(
-            f"this engine rank is not in weight group {message['group']}: it was started after it"
-        )
-    _receive(model, _membership)
-
-
-def _join(spec: dict[str, Any]) -> _Membership:
-    group = WeightGroup(**spec["group"])
-    pieces: dict[int, list[Piece]] = {}
-    for fields in spec["pieces"]:
-        piece = Piece(*fields)
-        pieces.setdefault(piece.peer, []).append(piece)
-    order = peer_order(spec["rank"], list(pieces))
-    return _Membership(group, join(group, spec["rank"]), {peer: pieces[peer] for peer in order})
-
-
-def _receive(model: torch.nn.Module, membership: _Membership) -> None:
-    parameters = dict(model.named_parameters())
-    dtype = getattr(torch, membership.group.dtype)
+        _join(message["join"])
+    member = _member
+    if member is None:
+        return  # without a report, the driver knows
+    report: dict[str, Any] = {"begun": False, "complete": False, "received_bytes": 0}
+    started = time.perf_counter()
 
     def parameter(name: str) -> torch.Tensor:
-        tensor = parameters[name].data
-        if tensor.dtype != dtype:
-            raise RuntimeError(f"engine parameter {name} is {tensor.dtype}, the weights come as {dtype}")
-        return tensor
+        return parameters[name].data
 
-    rounds = {
-        source: buckets(pieces, parameter, dtype, BUCKET_BYTES)
-        for source, pieces in membership.pieces.items()
-    }
-    while rounds:
-        pending: list[tuple[int, dist.Work, torch.Tensor, list[torch.Tensor]]] = []
-        for source in list(rounds):
-            views = next(rounds[source], None)
-            if views is None:
-                del rounds[source]
-                continue
-            staging = torch.empty(sum(view.numel() for view in views), dtype=dtype, device=views[0].device)
-            pending.append((source, membership.channel.recv([staging], source, 0), staging, views))
-        for source, work, staging, views in pending:
-            _wait(work, membership.group, source)
-            for view, part in zip(views, staging.split([view.numel() for view in views]), strict=True):
-                view.copy_(part.view(view.shape))
-    if membership.group.backend == "nccl":
-        torch.cuda.synchronize()  # the next forward pass may run on another stream
-
-
-def _wait(work: dist.Work, group: WeightGroup, source: int) -> None:
     try:
-        work.wait()
-    except RuntimeError as error:
-        raise RuntimeError(
-            f"weight group {group.name}: nothing from trainer rank {source}"
-            f" within {group.timeout_seconds:.0f} s: {error}"
-        ) from error
+        _check(member, publish, parameters)
+        member.gate(member.group.gate(publish))
+        report["begun"], _complete_version = True, None
+        with member.transfer(publish) as channel:
+            wrong = _stream(channel, member.group, parameter)
+        report["received_bytes"] = sum(bucket.payload_bytes for bucket in _buckets)
+        if wrong:
+            raise ValueError("; ".join(wrong))
+        report["complete"], _complete_version = True, message["version"]
+    except (RuntimeError, ValueError) as error:
+        report["error"] = f"engine rank {member.rank}: {error}"
+        _member = None
+    report["seconds"] = time.perf_counter() - started
+    member.report(publish, report)
+
+
+def _join(spec: dict[str, Any]) -> None:
+    global _member, _buckets
+    _member = None  # an earlier group is left
+    group = WeightGroup(**spec["group"])
+    links = [
+        Link(
+            order,
+            peer,
+            forward_to,
+            tuple(Piece(t, param, dim, start, tuple(shape)) for t, param, dim, start, shape in pieces),
+        )
+        for order, peer, forward_to, pieces in spec["links"]
+    ]
+    _buckets = schedule(links, getattr(torch, group.dtype), group.bucket_bytes)
+    try:
+        _member = Member(group, spec["rank"])
+    except Refused:
+        return
+
+
+def _check(member: Member, publish: int, parameters: dict[str, torch.nn.Parameter]) -> None:
+    """Refuse what does not fit, before anything is written.
+
+    Raises:
+        ValueError: a parameter is missing, or has another shape or dtype than planned.
+    """
+    dtype = getattr(torch, member.group.dtype)
+    try:
+        for piece in {block.piece: None for bucket in _buckets for block in bucket.blocks}:
+            parameter = parameters.get(piece.param)
+            if parameter is None:
+                raise ValueError(f"{piece.tensor}: the engine has no parameter {piece.param}")
+            if parameter.dtype != dtype:
+                raise ValueError(
+                    f"engine parameter {piece.param} is {parameter.dtype}, the weights come as {dtype}"
+                )
+            piece.of(parameter)
+    except ValueError as error:
+        member.refuse(publish, f"engine rank {member.rank}: {error}")
+        raise
+
+
+@torch.no_grad()
+def _stream(channel: Channel, group: WeightGroup, parameter: Callable[[str], torch.Tensor]) -> list[str]:
+    """Receive, send on and write all buckets. Returns what has a wrong checksum."""
+    if not _buckets:
+        return []
+    device = parameter(_buckets[0].blocks[0].piece.param).device
+    staging = Staging(group, _buckets, device)
+    differs: list[tuple[Bucket, torch.Tensor | None]] = []
+
+    def finish(buffer: torch.Tensor, bucket: Bucket, work: dist.Work) -> None:
+        link = bucket.link
+        wait(work, group, link.peer, bucket)
+        forward = None if link.forward_to is None else channel.send([buffer], link.forward_to, bucket.number)
+        differs.append((bucket, staging.write(buffer, bucket, parameter)))
+        if forward is not None and link.forward_to is not None:
+            wait(forward, group, link.forward_to, bucket)
+
+    in_flight: list[tuple[torch.Tensor, Bucket, dist.Work]] = []
+    for index, bucket in enumerate(_buckets):
+        if len(in_flight) == 2:
+            finish(*in_flight.pop(0))
+        buffer = staging.buffer(index, bucket)
+        in_flight.append((buffer, bucket, channel.recv([buffer], bucket.link.peer, bucket.number)))
+    for received in in_flight:
+        finish(*received)
+    if device.type == "cuda":
+        torch.cuda.synchronize()  # the next forward pass may run on another stream
+    return [
+        f"{block.piece.tensor} rows {block.row}..{block.row + block.rows - 1} of the part in {block.piece.param},"
+        f" from rank {bucket.link.peer}, have another checksum than was sent"
+        for bucket, flags in differs
+        if flags is not None and bool(flags.any())
+        for block, flag in zip(bucket.blocks, flags.tolist(), strict=True)
+        if flag
+    ]

@@ -18,10 +18,12 @@ from megatron_ztrl.config.schema import Config
 from megatron_ztrl.data.packing import PackedBatch
 from megatron_ztrl.engines.ports import port_of, reserve_port
 from megatron_ztrl.engines.weight_group import WeightGroup
+from megatron_ztrl.engines.weight_stream import Link
 from megatron_ztrl.runtime.cluster import cluster_gpus, node_address
 from megatron_ztrl.trainer.integrity import FileRecord
+from megatron_ztrl.trainer.topology import parallel_layout
 from megatron_ztrl.types import TensorSlice
-from megatron_ztrl.weights.reshard import Transfer
+from megatron_ztrl.weights.sender import SendReport
 
 Role = Literal["actor", "critic", "reference"]
 
@@ -64,13 +66,13 @@ class RankProcess:
         """Calls a method of the rank."""
         return getattr(self._rank, method)(*args, **kwargs)
 
-    def join_weight_group(self, group: WeightGroup, transfers: Sequence[Transfer], num_senders: int) -> None:
+    def join_weight_group(self, group: WeightGroup, links: Sequence[Link]) -> None:
         """Meets the engine ranks that this rank sends to."""
-        self._sender.join(group, transfers, num_senders)
+        self._sender.join(group, links)
 
-    def send_weights(self) -> int:
-        """Sends this rank's slices to the engines. Returns the bytes sent."""
-        return self._sender.send()
+    def send_weights(self, publish: int) -> SendReport:
+        """Sends this rank's slices to the engines."""
+        return self._sender.send(publish)
 
 
 class MegatronWorld:
@@ -87,9 +89,7 @@ class MegatronWorld:
         world = config.critic if role == "critic" else config.actor
         self._config = config
         self._role = role
-        self._world_size = (
-            world.tensor_parallel_size * world.pipeline_parallel_size * world.data_parallel_size
-        )
+        self._world_size = parallel_layout(world).world_size
         remote = ray.remote(num_cpus=0, num_gpus=1 if cluster_gpus() else 0)(RankProcess)
         self._ranks = [remote.remote() for _ in range(self._world_size)]
         self._output_rank_of_dp: list[int] = []
@@ -132,18 +132,18 @@ class MegatronWorld:
         """What each rank holds."""
         return await self.call("parameter_slices")
 
-    async def join_weight_group(self, group: WeightGroup, transfers: Sequence[Transfer]) -> None:
+    async def join_weight_group(self, group: WeightGroup, links: Sequence[Sequence[Link]]) -> None:
         """Lets every rank meet the engine ranks it sends to."""
-        import ray
-
-        shared = ray.put(list(transfers))
         await asyncio.gather(
-            *(rank.join_weight_group.remote(group, shared, self._world_size) for rank in self._ranks)
+            *(
+                rank.join_weight_group.remote(group, mine)
+                for rank, mine in zip(self._ranks, links, strict=True)
+            )
         )
 
-    async def send_weights(self) -> None:
+    async def send_weights(self, publish: int) -> list[SendReport]:
         """Sends the current weights to the engines, all ranks at once."""
-        await asyncio.gather(*(rank.send_weights.remote() for rank in self._ranks))
+        return await asyncio.gather(*(rank.send_weights.remote(publish) for rank in self._ranks))
 
     async def save_checkpoint(self, directory: Path) -> None:
         await self.call("save_checkpoint", directory)

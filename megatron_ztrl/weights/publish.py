@@ -1,6 +1,7 @@
-"""Publishing: pause the engines, send every slice straight to the engine rank that needs it, resume, verify.
+"""Publishing: pause the engines, bring the trainer's weights into them, commit, resume, verify.
 
-``WeightPublisher`` lives in the driver, which moves no weights; the ranks' end is `weights.sender`.
+``WeightPublisher`` lives in the driver, which moves no weights: a transport does (``transports``). Whatever fails,
+every engine serves the new version or the old one, entirely, or is lost and never samples again.
 """
 
 from __future__ import annotations
@@ -8,41 +9,26 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-import torch.distributed as dist
-
 from megatron_ztrl.config.schema import Config
-from megatron_ztrl.engines import interruption, weight_receiver
-from megatron_ztrl.engines.client import EngineClient
+from megatron_ztrl.engines import interruption
+from megatron_ztrl.engines.client import EngineClient, EngineError
 from megatron_ztrl.engines.parameters import engine_slices
-from megatron_ztrl.engines.server import WEIGHT_LOADER
-from megatron_ztrl.engines.weight_group import Piece, WeightGroup
-from megatron_ztrl.types import TensorSlice
-from megatron_ztrl.weights.reshard import Transfer, plan
+from megatron_ztrl.weights.hf_mapping import Architecture, hf_tensor_shapes
+from megatron_ztrl.weights.transports import Delivery, Transport
+from megatron_ztrl.weights.transports.shards import SendingWorld, ShardTransport
 from megatron_ztrl.weights.verify import PublishError, canary_tokens, check_canary
 
 MAX_LOGPROB_GAP = {"float32": 1e-4, "bfloat16": 0.1}
 """Nats. What two implementations of one policy may differ by on the canary, where the config does not say."""
 
 
-class ActorWorld(Protocol):
+class ActorWorld(SendingWorld, Protocol):
     """What publishing needs of the trainer; every call reaches all ranks."""
-
-    async def parameter_slices(self) -> list[list[TensorSlice]]:
-        """What each rank holds."""
-        ...
-
-    async def join_weight_group(self, group: WeightGroup, transfers: Sequence[Transfer]) -> None:
-        """Run ``WeightSender.join`` in each rank; returns when the group is complete."""
-        ...
-
-    async def send_weights(self) -> None:
-        """Run ``WeightSender.send`` in each rank."""
-        ...
 
     async def canary_logprobs(self, token_ids: Sequence[int]) -> list[float]:
         """Log-probs of every token after the first, [L - 1], under the current weights."""
@@ -56,10 +42,20 @@ class PublishReport:
     version: int
     pause_seconds: float
     """How long no engine sampled."""
+    transfer_seconds: float
+    """The part of it in which weights moved."""
     total_seconds: float
     """Verification included."""
     max_logprob_gap: float | None
     """Nats, over the canary and all engines; None when it was not checked."""
+    lost: Mapping[str, str] = field(default_factory=dict)
+    """By URL, why an engine is dead or holds neither version. It is published to no more, and must not sample."""
+    untouched: Mapping[str, str] = field(default_factory=dict)
+    """By URL, why an engine still serves the version that it had."""
+    sent_bytes: Sequence[int] = ()
+    """Per trainer rank."""
+    received_bytes: Mapping[str, list[int]] = field(default_factory=dict)
+    """Per engine URL and tensor-parallel rank."""
 
 
 class WeightPublisher:
@@ -83,7 +79,7 @@ class WeightPublisher:
             engines: one client for each server.
             address: of this host, as trainer ranks and engines reach it.
             backend: of the weight group.
-            timeout_seconds: the longest wait for any peer.
+            timeout_seconds: the longest wait for a peer that lives and does nothing.
 
         Raises:
             ValueError: the engines cannot hold this model (see ``engine_slices``).
@@ -91,122 +87,121 @@ class WeightPublisher:
         self._config = config
         self._actor = actor
         self._engines = list(engines)
-        self._address = address
-        self._backend: Literal["gloo", "nccl"] = backend
-        self._timeout_seconds = timeout_seconds
         hf_config = _read_hf_config(config.model.path)
+        _refuse_quantised(config, hf_config)
         size = config.engine.tensor_parallel_size
-        self._slices = [engine_slices(hf_config, size, rank) for rank in range(size)]
         self._canary = canary_tokens(hf_config["vocab_size"])
-        self._store: dist.TCPStore | None = None
-        self._generation = 0
-        self._group: WeightGroup | None = None
-
-    async def close(self) -> None:
-        """Give up the meeting point; the group's members stay connected to each other."""
-        self._group = self._store = None
-
-    def replace_engines(self, engines: Sequence[EngineClient]) -> None:
-        """Publish to these from now on; the next publish forms a new weight group."""
-        self._engines = list(engines)
-        self._group = None
-
-    async def publish(self, version: int) -> PublishReport:
-        """Bring all engines to the trainer's weights; requests in flight go on under them.
-
-        Raises:
-            PublishError: an engine or a trainer rank failed, or the canary differs. The engines' weights are
-            then
-                undefined: replace the engines before anything samples.
-        """
-        started = time.perf_counter()
-        try:
-            await interruption.pause(self._engines, self._config.publish.interruption)
-            await self._each(lambda engine: engine.begin_weight_update())
-            await self._transfer(version)
-            await self._each(lambda engine: engine.end_weight_update())
-            await interruption.resume(self._engines, self._config.publish.interruption)
-            pause_seconds = time.perf_counter() - started
-            gap = await self._verify(version) if self._due(version) else None
-        except* Exception as errors:
-            self._group = None
-            raise PublishError(f"version {version} was not published: {_first(errors)}") from errors
-        total_seconds = time.perf_counter() - started
-        return PublishReport(
-            version=version, pause_seconds=pause_seconds, total_seconds=total_seconds, max_logprob_gap=gap
+        self._transport: Transport = ShardTransport(
+            config,
+            actor,
+            [engine_slices(hf_config, size, rank) for rank in range(size)],
+            hf_tensor_shapes(Architecture.from_hf_config(hf_config)),
+            address=address,
+            backend=backend,
+            timeout_seconds=timeout_seconds,
         )
 
-    async def _transfer(self, version: int) -> None:
-        """Run both ends at once; the first time they meet and learn who sends what."""
-        if self._group is not None:
-            message = weight_receiver.payload(self._group.name)
-            messages = [[message] * len(self._slices) for _ in self._engines]
-            await _together(self._actor.send_weights(), *self._load(messages, version))
-            return
-        held = await self._actor.parameter_slices()
-        transfers = plan(held, [slices for _ in self._engines for slices in self._slices])
-        group = self._new_group(len(held))
+    async def close(self) -> None:
+        """Give up what is kept between publishes."""
+        await self._transport.close()
 
-        async def join_and_send() -> None:
-            await self._actor.join_weight_group(group, transfers)
-            await self._actor.send_weights()
+    def replace_engines(self, engines: Sequence[EngineClient]) -> None:
+        """Publish to these from now on."""
+        self._engines = list(engines)
 
-        await _together(join_and_send(), *self._load(self._invitations(group, transfers, len(held)), version))
-        self._group = group
+    async def publish(self, version: int, engines: Sequence[EngineClient] | None = None) -> PublishReport:
+        """Bring engines to the trainer's weights; requests in flight go on under them.
 
-    def _invitations(
-        self, group: WeightGroup, transfers: Sequence[Transfer], num_senders: int
-    ) -> list[list[str]]:
-        """Messages for every rank of every engine: its number, and what it receives from whom."""
-        pieces: list[list[Piece]] = [[] for _ in range(group.world_size - num_senders)]
-        for item in transfers:
-            pieces[item.target].append(
-                Piece(item.source, item.target_param, item.dim, item.target_start, item.length)
-            )
-        flat = [
-            weight_receiver.payload(group.name, (group, num_senders + target, mine))
-            for target, mine in enumerate(pieces)
-        ]
-        size = len(self._slices)
-        return [flat[start : start + size] for start in range(0, len(flat), size)]
+        Args:
+            version: of the weights that the trainer holds now.
+            engines: only these, such as one that was started while the others already serve ``version``.
 
-    def _load(self, messages: Sequence[Sequence[str]], version: int) -> list[Any]:
-        return [
-            engine.load_weights(message, loader=WEIGHT_LOADER, version=version)
-            for engine, message in zip(self._engines, messages, strict=True)
-        ]
-
-    def _new_group(self, num_senders: int) -> WeightGroup:
-        if self._store is None:  # the driver keeps the meeting point, on a port that the system picks
-            self._store = dist.TCPStore(self._address, 0, is_master=True, wait_for_workers=False)
-        self._generation += 1
-        return WeightGroup(
-            name=f"weights-{self._generation}",
-            address=self._address,
-            port=self._store.port,
-            world_size=num_senders + len(self._engines) * len(self._slices),
-            backend=self._backend,
-            dtype=self._config.model.dtype,
-            timeout_seconds=self._timeout_seconds,
+        Raises:
+            PublishError: the trainer failed, no engine took the weights, or the canary differs. ``lost`` names
+                the engines that must not sample again; the others serve the new version or still the old.
+        """
+        started = time.perf_counter()
+        strategy = self._config.publish.interruption
+        fleet = _Fleet(self._engines if engines is None else engines)
+        await fleet.each(lambda engine: interruption.pause([engine], strategy))
+        await fleet.each(lambda engine: engine.begin_weight_update())
+        transfer_started = time.perf_counter()
+        delivery = await self._transport.deliver(fleet.alive, version)
+        transfer_seconds = time.perf_counter() - transfer_started
+        fleet.lose(delivery.lost)
+        await fleet.each(lambda engine: self._transport.commit(engine, version), delivery.complete)
+        await fleet.each(lambda engine: engine.end_weight_update())
+        await fleet.each(lambda engine: interruption.resume([engine], strategy))
+        pause_seconds = time.perf_counter() - started
+        self._engines = [engine for engine in self._engines if engine not in fleet.lost]
+        lost = {engine.url: reason for engine, reason in fleet.lost.items()}
+        updated = [engine for engine in delivery.complete if engine not in fleet.lost]
+        if delivery.trainer_error is not None or not updated:
+            raise PublishError(f"version {version} was not published: {_reason(delivery, fleet)}", lost)
+        gap = await self._verify(version, updated) if self._due(version) else None
+        return PublishReport(
+            version=version,
+            pause_seconds=pause_seconds,
+            transfer_seconds=transfer_seconds,
+            total_seconds=time.perf_counter() - started,
+            max_logprob_gap=gap,
+            lost=lost,
+            untouched={engine.url: reason for engine, reason in delivery.untouched.items()},
+            sent_bytes=delivery.sent_bytes,
+            received_bytes=delivery.received_bytes,
         )
 
     def _due(self, version: int) -> bool:
         interval = self._config.publish.verify_interval_steps
         return interval > 0 and version % interval == 0
 
-    async def _verify(self, version: int) -> float:
-        trainer, *served = await _together(
+    async def _verify(self, version: int, engines: Sequence[EngineClient]) -> float:
+        trainer, *served = await asyncio.gather(
             self._actor.canary_logprobs(self._canary),
-            *(engine.prompt_logprobs(self._canary) for engine in self._engines),
+            *(engine.prompt_logprobs(self._canary) for engine in engines),
         )
         max_gap = self._config.publish.max_logprob_gap or MAX_LOGPROB_GAP[self._config.model.dtype]
         return max(
             check_canary(trainer, logprobs, self._canary, max_gap=max_gap, version=version, engine=engine.url)
-            for engine, logprobs in zip(self._engines, served, strict=True)
+            for engine, logprobs in zip(engines, served, strict=True)
         )
 
-    async def _each(self, call: Callable[[EngineClient], Any]) -> None:
-        await _together(*(call(engine) for engine in self._engines))
+
+class _Fleet:
+    """The engines of one publish; one that fails is out, and the others go on."""
+
+    def __init__(self, engines: Sequence[EngineClient]) -> None:
+        self.alive = list(engines)
+        self.lost: dict[EngineClient, str] = {}
+
+    def lose(self, reasons: Mapping[EngineClient, str]) -> None:
+        self.lost |= reasons
+        self.alive = [engine for engine in self.alive if engine not in self.lost]
+
+    async def each(
+        self,
+        call: Callable[[EngineClient], Awaitable[None]],
+        engines: Sequence[EngineClient] | None = None,
+    ) -> None:
+        """Make a call to all that are alive, or to some of them."""
+
+        async def attempt(engine: EngineClient) -> str | None:
+            reason = None
+            try:
+                await call(engine)
+            except* EngineError as errors:
+                reason = str(_first(errors))
+            return reason
+
+        asked = self.alive if engines is None else list(engines)
+        reasons = await asyncio.gather(*map(attempt, asked))
+        self.lose({engine: reason for engine, reason in zip(asked, reasons, strict=True) if reason})
+
+
+def _reason(delivery: Delivery, fleet: _Fleet) -> str:
+    if delivery.trainer_error is not None:
+        return delivery.trainer_error
+    return "; ".join({**fleet.lost, **delivery.untouched}.values()) or "there is no engine"
 
 
 def _read_hf_config(model_path: str) -> dict[str, Any]:
@@ -217,11 +212,16 @@ def _read_hf_config(model_path: str) -> dict[str, Any]:
     return json.loads(Path(path).read_text())
 
 
-async def _together(*calls: Any) -> list[Any]:
-    """Await all; the first failure cancels the rest."""
-    async with asyncio.TaskGroup() as group:
-        tasks = [group.create_task(call) for call in calls]
-    return [task.result() for task in tasks]
+def _refuse_quantised(config: Config, hf_config: Mapping[str, Any]) -> None:
+    given = config.sglang.server_args.get("quantization")
+    if given or "quantization_config" in hf_config:
+        where = (
+            "sglang.server_args.quantization" if given else "model.path: quantization_config in config.json"
+        )
+        raise ValueError(
+            f"{where}: weights are published slice by slice, and a slice of a quantised weight needs the scales of"
+            " blocks that it cuts; serve the policy in bfloat16"
+        )
 
 
 def _first(errors: BaseExceptionGroup[BaseException]) -> BaseException:

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 
-from megatron_ztrl.engines.weight_group import (
-    BUCKET_BYTES,
-    Channel,
-    Piece,
-    WeightGroup,
-    buckets,
-    join,
-    peer_order,
-)
-from megatron_ztrl.weights.reshard import Transfer
+from megatron_ztrl.engines.weight_group import Channel, Member, Refused, WeightGroup
+from megatron_ztrl.engines.weight_stream import Bucket, Link, Staging, schedule, wait
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SendReport:
+    """What one rank sent."""
+
+    sent_bytes: int
+    broken: str | None = None
+    """Why it did not send everything: a peer failed, or somebody refused to begin."""
+    invalid: str | None = None
+    """Why this rank refused to begin."""
 
 
 class WeightSender:
@@ -31,54 +36,80 @@ class WeightSender:
         """
         self._parameter = parameter
         self._rank = rank
-        self._group: WeightGroup | None = None
-        self._channel: Channel | None = None
-        self._pieces: dict[int, list[Piece]] = {}
+        self._member: Member | None = None
+        self._buckets: list[Bucket] = []
 
-    def join(self, group: WeightGroup, transfers: Sequence[Transfer], num_senders: int) -> None:
+    def join(self, group: WeightGroup, links: Sequence[Link]) -> None:
         """Enter the group and remember what this rank sends; an earlier group is left.
 
         Raises:
+            ValueError: a bucket is too small.
             RuntimeError: not everybody came within the time-out.
         """
-        self._pieces = {}
-        for item in transfers:
-            if item.source == self._rank:
-                peer = num_senders + item.target
-                piece = Piece(peer, item.source_param, item.dim, item.source_start, item.length)
-                self._pieces.setdefault(peer, []).append(piece)
-        self._channel = join(group, self._rank)
-        self._group = group
+        self._member = None
+        self._buckets = schedule(links, getattr(torch, group.dtype), group.bucket_bytes)
+        with contextlib.suppress(Refused):  # ``send`` will say that there is no group
+            self._member = Member(group, self._rank)
 
-    def send(self) -> int:
-        """Send everything, to all peers at once, bucket by bucket; returns the bytes sent.
+    @torch.no_grad()
+    def send(self, publish: int) -> SendReport:
+        """Send everything, in buckets: one is filled while the one before it travels.
+
+        Args:
+            publish: number of this publish within the group.
+        """
+        member = self._member
+        if member is None:
+            return SendReport(sent_bytes=0, broken=f"trainer rank {self._rank} is in no weight group")
+        try:
+            self._check()
+        except ValueError as error:
+            member.refuse(publish, str(error))
+            return SendReport(sent_bytes=0, invalid=str(error))
+        try:
+            member.gate(member.group.gate(publish))
+            with member.transfer(publish) as channel:
+                return SendReport(sent_bytes=self._send(channel, member.group))
+        except RuntimeError as error:  # Refused among them
+            self._member = None
+            return SendReport(sent_bytes=0, broken=f"trainer rank {self._rank}: {error}")
+
+    def _send(self, channel: Channel, group: WeightGroup) -> int:
+        if not self._buckets:
+            return 0
+        staging = Staging(group, self._buckets, self._device())
+        in_flight: list[tuple[dist.Work, Bucket]] = []
+        for index, bucket in enumerate(self._buckets):
+            if len(in_flight) == 2:
+                work, sent = in_flight.pop(0)
+                wait(work, group, sent.link.peer, sent)
+            buffer = staging.buffer(index, bucket)
+            staging.fill(buffer, bucket, self._parameter)
+            in_flight.append((channel.send([buffer], bucket.link.peer, bucket.number), bucket))
+        for work, bucket in in_flight:
+            wait(work, group, bucket.link.peer, bucket)
+        if self._device().type == "cuda":
+            torch.cuda.synchronize()  # the buffers may go only when they have been read
+        return sum(bucket.payload_bytes for bucket in self._buckets)
+
+    def _device(self) -> torch.device:
+        return self._parameter(self._buckets[0].blocks[0].piece.param).device
+
+    def _check(self) -> None:
+        """Refuse weights that must not reach an engine.
 
         Raises:
-            RuntimeError: an engine rank did not take its slices within the time-out.
+            ValueError: names the tensor and this rank.
         """
-        assert self._channel is not None and self._group is not None, "join() first"
-        dtype = getattr(torch, self._group.dtype)
-        rounds = {
-            peer: buckets(self._pieces[peer], self._parameter, dtype, BUCKET_BYTES)
-            for peer in peer_order(self._rank, list(self._pieces))
-        }
-        sent_bytes = 0
-        while rounds:
-            pending: list[tuple[int, dist.Work, torch.Tensor]] = []  # the tensor must outlive the transfer
-            for peer in list(rounds):
-                views = next(rounds[peer], None)
-                if views is None:
-                    del rounds[peer]
-                    continue
-                staging = torch.cat([view.detach().reshape(-1).to(dtype) for view in views])
-                pending.append((peer, self._channel.send([staging], peer, 0), staging))
-                sent_bytes += staging.numel() * staging.element_size()
-            for peer, work, _ in pending:
-                try:
-                    work.wait()
-                except RuntimeError as error:
-                    raise RuntimeError(
-                        f"weight group {self._group.name}: engine rank {peer} did not take its weights within"
-                        f" {self._group.timeout_seconds:.0f} s: {error}"
-                    ) from error
-        return sent_bytes
+        pieces = {piece: None for bucket in self._buckets for piece in (b.piece for b in bucket.blocks)}
+        if not pieces:
+            return
+        views = [piece.of(self._parameter(piece.param)) for piece in pieces]
+        # One pass and no memory: a sum is finite only if all its terms are.
+        sums = torch.stack([view.sum(dtype=torch.float32) for view in views])
+        for piece, view, suspicious in zip(pieces, views, (~sums.isfinite()).tolist(), strict=True):
+            if suspicious and not view.isfinite().all():  # finite terms may add up to more than float32 holds
+                count = int((~view.isfinite()).sum())
+                raise ValueError(
+                    f"{piece.tensor}: {count} of {view.numel()} values on trainer rank {self._rank} are not finite"
+                )

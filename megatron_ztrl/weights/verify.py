@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 
 class PublishError(RuntimeError):
     """The engines do not serve what the trainer holds."""
+
+    def __init__(self, message: str, lost: Mapping[str, str] | None = None) -> None:
+        """Args:
+        message: what failed, where.
+        lost: by URL, why an engine must not sample again; the others serve either the new weights or the old.
+        """
+        super().__init__(message)
+        self.lost = dict(lost or {})
 
 
 def canary_tokens(vocab_size: int, length: int = 32) -> list[int]:

@@ -40,9 +40,9 @@ def run_rank(rank, pipe):
                 parameters.update(arguments[0])
                 result = None
             elif command == "join":
-                result = sender.join(*arguments, num_senders=SIZE)
+                result = sender.join(*arguments)
             elif command == "send":
-                result = sender.send()
+                result = sender.send(*arguments)
             pipe.send((True, result))
         except RuntimeError as error:
             pipe.send((False, str(error)))
@@ -54,7 +54,6 @@ class TensorParallelWorld:
     def __init__(self):
         context = multiprocessing.get_context("spawn")
         self.model = None
-        self.sent_bytes = []
         self.joins = 0
         self._slices = []
         self._pipes = []
@@ -79,12 +78,12 @@ class TensorParallelWorld:
     async def parameter_slices(self):
         return self._slices
 
-    async def join_weight_group(self, group, transfers):
+    async def join_weight_group(self, group, links):
         self.joins += 1
-        await self._call([("join", group, transfers)] * SIZE)
+        await self._call([("join", group, mine) for mine in links])
 
-    async def send_weights(self):
-        self.sent_bytes = await self._call([("send",)] * SIZE)
+    async def send_weights(self, publish):
+        return await self._call([("send", publish)] * SIZE)
 
     async def canary_logprobs(self, token_ids):
         with torch.no_grad():

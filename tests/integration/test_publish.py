@@ -34,7 +34,8 @@ async def test_each_slice_is_sent_once_and_the_engine_then_samples_from_the_new_
 ):
     await world.hold(random_qwen2(1))
     report = await publisher.publish(1)
-    assert sum(world.sent_bytes) == MODEL_BYTES
+    assert sum(report.sent_bytes) == MODEL_BYTES
+    assert report.received_bytes == {client.url: [MODEL_BYTES]}
     assert report.max_logprob_gap < 1e-5
     assert await client.weight_version() == 1
     completion = await client.generate(PROMPT, max_new_tokens=40, temperature=1.0, request_id="after-publish")

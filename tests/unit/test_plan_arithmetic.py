@@ -110,7 +110,8 @@ def test_publish_sends_every_engine_the_whole_model_once() -> None:
     norms = (2 * 28 + 1) * 1536  # both ranks of an engine hold them
     assert moved.total_bytes == 3 * 2 * (1_543_714_304 + norms)
     assert moved.largest_received_bytes * 6 == moved.total_bytes
-    assert moved.total_bytes / 8 <= moved.largest_sent_bytes < moved.total_bytes / 4
+    # Two replicas feed two engines, and the third gets it from a neighbour.
+    assert 2 / 3 * moved.total_bytes / 8 <= moved.largest_sent_bytes < 2 / 3 * moved.total_bytes / 4
 
 
 def test_decoding_reads_weights_and_cache_once_per_token() -> None:

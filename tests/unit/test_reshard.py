@@ -2,10 +2,8 @@
 
 import numpy as np
 import pytest
-import torch
 
 from megatron_ztrl.engines.parameters import engine_slices
-from megatron_ztrl.engines.weight_group import Piece, buckets
 from megatron_ztrl.types import TensorSlice
 from megatron_ztrl.weights.hf_mapping import Architecture, ParallelLayout, hf_tensor_shapes, megatron_slices
 from megatron_ztrl.weights.reshard import Transfer, plan
@@ -36,9 +34,11 @@ def move(transfers, sources, targets):
     for t in transfers:
         source = sources[t.source][t.source_param]
         target = targets[t.target][t.target_param]
-        block = source.take(range(t.source_start, t.source_start + t.length), axis=t.dim)
+        length = t.shape[t.dim]
+        block = source.take(range(t.source_start, t.source_start + length), axis=t.dim)
+        assert block.shape == t.shape
         index = [slice(None)] * target.ndim
-        index[t.dim] = slice(t.target_start, t.target_start + t.length)
+        index[t.dim] = slice(t.target_start, t.target_start + length)
         assert np.isnan(target[tuple(index)]).all(), f"{t.target_param} filled twice"
         target[tuple(index)] = block
 
@@ -63,23 +63,106 @@ def test_two_halves_fill_a_fused_parameter_in_two_transfers():
     senders = [[rows("a", "w", 0, 0, 4)], [rows("b", "w", 10, 4, 4)]]
     receivers = [[rows("fused", "w", 6, 2, 5)]]  # rows 2..6 of w
     common = {"target": 0, "tensor": "w", "dim": 0, "target_param": "fused"}
-    assert plan(senders, receivers) == [
-        Transfer(source=0, source_param="a", source_start=2, target_start=6, length=2, **common),
-        Transfer(source=1, source_param="b", source_start=10, target_start=8, length=3, **common),
+    assert plan(senders, receivers, 1, {"w": (8, 3)}).transfers == [
+        Transfer(source=0, source_param="a", source_start=2, target_start=6, shape=(2, 3), **common),
+        Transfer(source=1, source_param="b", source_start=10, target_start=8, shape=(3, 3), **common),
     ]
 
 
-def test_replicas_share_the_sending():
+def sent_elements(published):
+    """Per trainer rank."""
+    sent = [0] * published.num_senders
+    for item in published.transfers:
+        sent[item.source] += item.elements
+    return sent
+
+
+def test_replicas_share_the_sending_to_one_engine():
     names = [f"w{i}" for i in range(8)]
     sender = [rows(name, name, 0, 0, 6) for name in names]
-    transfers = plan([sender] * 4, [sender] * 2)
-    assert len(transfers) == 16
-    assert [sum(t.length for t in transfers if t.source == source) for source in range(4)] == [24, 24, 24, 24]
+    published = plan([sender] * 4, [sender], 1, dict.fromkeys(names, (6, 10)))
+    assert published.chains == [[0]]
+    assert sent_elements(published) == [120, 120, 120, 120]
+
+
+def test_replicas_share_by_elements_and_not_by_rows():
+    shapes = {"wide": (2, 100), "long": (100, 1), "other": (100, 1)}
+    sender = [rows(name, name, 0, 0, shape[0]) for name, shape in shapes.items()]
+    assert sent_elements(plan([sender] * 2, [sender], 1, shapes)) == [200, 200]
+
+
+@pytest.mark.parametrize(
+    ("replicas", "engines", "chains"),
+    [
+        (1, 3, [[0, 1, 2]]),
+        (2, 2, [[0], [1]]),
+        (2, 5, [[0, 1], [2, 3, 4]]),
+        (4, 2, [[0], [1]]),
+    ],
+)
+def test_no_rank_sends_a_row_twice_however_many_engines_there_are(replicas, engines, chains):
+    shapes = {f"w{i}": (6, 10) for i in range(8)}
+    halves = [[rows(name, name, 0, 3 * half, 3) for name in shapes] for half in range(2)]
+    whole = [rows(name, name, 0, 0, 6) for name in shapes]
+    published = plan(halves * replicas, [whole], engines, shapes)
+    assert published.chains == chains
+    sent = [(t.source, t.tensor) for t in published.transfers]
+    assert len(sent) == len(set(sent)) == 2 * 8 * len(chains)
+    # All replicas have the same part of the work.
+    assert set(sent_elements(published)) == {480 * len(chains) // (2 * replicas)}
+
+
+def test_engines_of_a_chain_hand_on_to_their_neighbour_what_they_receive():
+    shapes = {"w": (4, 10), "v": (4, 10)}
+    senders = [[rows("a", "w", 0, 0, 4)], [rows("b", "v", 0, 0, 4)]]
+    engine_ranks = [
+        [rows("p", "w", 0, 0, 2), rows("q", "v", 0, 0, 2)],
+        [rows("p", "w", 0, 2, 2), rows("q", "v", 0, 2, 2)],
+    ]
+    published = plan(senders, engine_ranks, 3, shapes)
+    assert published.world_size == 8  # trainer 0 and 1, then engines (2, 3), (4, 5), (6, 7)
+    received = published.receiver_links()
+    assert [[(link.peer, link.forward_to) for link in engine[1]] for engine in received] == [
+        [(1, 5), (0, 5)],
+        [(3, 7), (3, 7)],
+        [(5, None), (5, None)],
+    ]
+    for engine in received[1:]:  # the same blocks in the same order as the first
+        for links, first in zip(engine, received[0], strict=True):
+            assert [(link.order, link.pieces) for link in links] == [(x.order, x.pieces) for x in first]
+    sent = published.sender_links()
+    assert [[link.peer for link in links] for links in sent] == [[2, 3], [3, 2]]
+    # Every link carries 2 rows of 10, the trainer's and the engines' alike.
+    pairs = {(0, 2), (0, 3), (1, 2), (1, 3), (2, 4), (3, 5), (4, 6), (5, 7)}
+    elements = published.link_elements()
+    assert set(elements) == pairs
+    assert elements[0, 2] == 20
+    assert elements[2, 4] == 40  # from both trainer ranks
+
+
+def test_both_ends_of_every_stream_agree_on_its_place_among_all():
+    shapes = {"w": (12, 1)}
+    senders = [[rows("a", "w", 0, 3 * i, 3)] for i in range(4)]
+    engine_ranks = [[rows("p", "w", 0, 4 * i, 4)] for i in range(3)]
+    published = plan(senders, engine_ranks, 1, shapes)
+    out = {(s, link.peer): link.order for s, links in enumerate(published.sender_links()) for link in links}
+    into = {
+        (link.peer, published.group_rank(0, rank)): link.order
+        for rank, links in enumerate(published.receiver_links()[0])
+        for link in links
+    }
+    assert out == into
+    assert sorted(out.values()) == list(range(6))
 
 
 def test_a_row_that_nobody_holds_is_named():
     with pytest.raises(ValueError, match="w: no trainer rank holds row 3 that engine rank 1 needs"):
-        plan([[rows("a", "w", 0, 0, 3)]], [[rows("b", "w", 0, 0, 3)], [rows("b", "w", 0, 2, 3)]])
+        plan(
+            [[rows("a", "w", 0, 0, 3)]],
+            [[rows("b", "w", 0, 0, 3)], [rows("b", "w", 0, 2, 3)]],
+            1,
+            {"w": (5, 2)},
+        )
 
 
 def test_a_row_that_would_be_filled_twice_is_named():
@@ -87,18 +170,20 @@ def test_a_row_that_would_be_filled_twice_is_named():
         plan(
             [[rows("a", "w", 0, 0, 8), rows("c", "v", 0, 0, 8)]],
             [[rows("b", "w", 0, 0, 3), rows("b", "v", 2, 0, 3)]],
+            1,
+            {"w": (8, 2), "v": (8, 2)},
         )
 
 
 def test_ends_that_cut_along_different_dimensions_are_refused():
     with pytest.raises(ValueError, match="w: the trainer cuts it along dimension 1, the engine along 0"):
-        plan([[rows("a", "w", 0, 0, 4, dim=1)]], [[rows("b", "w", 0, 0, 4)]])
+        plan([[rows("a", "w", 0, 0, 4, dim=1)]], [[rows("b", "w", 0, 0, 4)]], 1, {"w": (4, 4)})
 
 
 def test_vocabulary_padding_on_the_trainers_side_stays_there():
     padded = [[rows("a", "w", 0, 0, 64)], [rows("a", "w", 0, 64, 64)]]  # 128 rows for a vocabulary of 100
-    transfers = plan(padded, [[rows("b", "w", 0, 0, 100)]])
-    assert [(t.source, t.length) for t in transfers] == [(0, 64), (1, 36)]
+    published = plan(padded, [[rows("b", "w", 0, 0, 100)]], 1, {"w": (100, 2)})
+    assert [(t.source, t.shape) for t in published.transfers] == [(0, (64, 2)), (1, (36, 2))]
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -118,7 +203,9 @@ def test_every_engine_row_gets_the_number_of_its_hugging_face_row(tensor, pipeli
     for target in targets:
         for parameter in target.values():
             parameter[:] = np.nan
-    move(plan(senders, receivers), [local_parameters(slices, tensors) for slices in senders], targets)
+    shapes = hf_tensor_shapes(architecture)
+    transfers = plan(senders, receivers, 1, shapes).transfers
+    move(transfers, [local_parameters(slices, tensors) for slices in senders], targets)
     for target, wanted in zip(targets, expected, strict=True):
         for key in wanted:
             np.testing.assert_array_equal(target[key], wanted[key], err_msg=key)
@@ -137,22 +224,6 @@ def test_sglangs_fused_and_padded_layout_on_the_second_of_two_ranks():
     ]
     embedding = next(item for item in slices if item.param == "model.embed_tokens.weight")
     assert (embedding.start, embedding.tensor_start, embedding.length) == (0, 160, 134)  # 294 padded to 320
-
-
-def test_both_ends_cut_their_pieces_into_the_same_bounded_buckets():
-    ours = {"w": torch.arange(30.0).view(10, 3), "b": torch.arange(5.0)}
-    theirs = {"fused": torch.zeros(20, 3), "bias": torch.zeros(9)}
-    sent = [Piece(1, "w", 0, 2, 6), Piece(1, "b", 0, 0, 5)]
-    received = [Piece(0, "fused", 0, 10, 6), Piece(0, "bias", 0, 4, 5)]
-    # 8 elements fit: two rows of 3 at a time, then the 5 of the bias alone.
-    out = list(buckets(sent, ours.__getitem__, torch.float32, bucket_bytes=32))
-    into = list(buckets(received, theirs.__getitem__, torch.float32, bucket_bytes=32))
-    assert [[view.numel() for view in bucket] for bucket in out] == [[6], [6], [6], [5]]
-    for source, target in zip(out, into, strict=True):
-        for view, copy in zip(source, target, strict=True):
-            copy.copy_(view)
-    assert torch.equal(theirs["fused"][10:16], ours["w"][2:8])
-    assert torch.equal(theirs["bias"][4:], ours["b"])
 
 
 def test_too_few_kv_heads_for_the_engines_ranks_are_refused():

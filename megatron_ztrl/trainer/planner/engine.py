@@ -81,7 +81,7 @@ class PublishBytes:
 
     total_bytes: int
     largest_sent_bytes: int
-    """By the actor rank that sends most."""
+    """By the actor rank that sends most; engines that feed others send what they receive."""
     largest_received_bytes: int
     """By the engine GPU that receives most."""
 
@@ -91,16 +91,14 @@ def publish_bytes(config: Config, architecture: Architecture) -> PublishBytes:
     layout, size = parallel_layout(config.actor), config.engine.tensor_parallel_size
     senders = [megatron_slices(architecture, layout, rank, backend="te") for rank in range(layout.world_size)]
     engine = [engine_slices(_hf_config(architecture), size, rank) for rank in range(size)]
-    receivers = engine * config.engine.count
-    rows = _row_sizes(architecture)
-    sent, received = [0] * len(senders), [0] * len(receivers)
-    for item in plan(senders, receivers):
-        elements = item.length * rows[item.tensor, item.dim]
-        sent[item.source] += elements
-        received[item.target] += elements
+    published = plan(senders, engine, config.engine.count, hf_tensor_shapes(architecture))
+    sent, received = [0] * len(senders), [0] * size * len(published.chains)
+    for item in published.transfers:
+        sent[item.source] += item.elements
+        received[item.target] += item.elements
     dtype_bytes = DTYPE_BYTES[config.model.dtype]
     return PublishBytes(
-        total_bytes=sum(sent) * dtype_bytes,
+        total_bytes=sum(received[:size]) * config.engine.count * dtype_bytes,
         largest_sent_bytes=max(sent) * dtype_bytes,
         largest_received_bytes=max(received) * dtype_bytes,
     )

@@ -1,0 +1,47 @@
+"""Ways for the weights to get from the trainer into the engines; ``publish`` pauses and commits around them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from megatron_ztrl.engines.client import EngineClient
+
+
+@dataclass(kw_only=True)
+class Delivery:
+    """What became of every engine. None is in two of the three."""
+
+    complete: list[EngineClient] = field(default_factory=list)
+    """They hold all of the new weights, and can commit."""
+    untouched: dict[EngineClient, str] = field(default_factory=dict)
+    """They hold the old weights, and why: nothing has been written."""
+    lost: dict[EngineClient, str] = field(default_factory=dict)
+    """Why an engine is dead, or holds neither version: it must not sample again."""
+    trainer_error: str | None = None
+    """Why the trainer could not send, if it could not."""
+    sent_bytes: list[int] = field(default_factory=list)
+    """Per trainer rank; empty where a transport cannot tell."""
+    received_bytes: dict[str, list[int]] = field(default_factory=dict)
+    """Per engine URL and tensor-parallel rank."""
+
+
+class Transport(Protocol):
+    """Moves weights into paused engines with an open weight update."""
+
+    async def deliver(self, engines: Sequence[EngineClient], version: int) -> Delivery:
+        """Bring the trainer's current weights into these engines. Failures are in what is returned."""
+        ...
+
+    async def commit(self, engine: EngineClient, version: int) -> None:
+        """Let a complete engine take the version number.
+
+        Raises:
+            EngineError: it did not.
+        """
+        ...
+
+    async def close(self) -> None:
+        """Give up what is kept between publishes."""
+        ...
