@@ -29,6 +29,7 @@ class StopReason(enum.StrEnum):
     STOP = "stop"
     LENGTH = "length"
     INFRASTRUCTURE = "infrastructure"  # executor unavailable: the rollout is masked, never scored as wrong
+    DEADLINE = "deadline"  # out of wall-clock time: masked as well, see rollout.deadlines
 
 
 class ExecutionStatus(enum.StrEnum):
@@ -127,6 +128,8 @@ class Rollout:
     weight_versions: list[int] = field(default_factory=list)
     """[R] ``NOT_SAMPLED`` at tool tokens."""
     turns: list[Turn] = field(default_factory=list)
+    ended: bool = False
+    """The policy has ended its response by itself (end of sequence)."""
     text: str = ""
     """The response, decoded."""
     stop_reason: StopReason | None = None
@@ -149,7 +152,7 @@ class Rollout:
     @property
     def trainable(self) -> bool:
         """False for a rollout that the infrastructure failed: it counts in no loss and no statistic."""
-        return self.stop_reason is not StopReason.INFRASTRUCTURE
+        return self.stop_reason not in (StopReason.INFRASTRUCTURE, StopReason.DEADLINE)
 
 
 @dataclass(kw_only=True, slots=True)

@@ -11,6 +11,8 @@ CONFIG_FILE = "config.yaml"
 ENVIRONMENT_FILE = "environment.json"
 SUMMARY_FILE = "summary.json"
 REPORT_FILE = "report.html"
+FINISHED_FILE = "finished"
+"""The last step of a run that has also evaluated and exported its last policy."""
 
 STEP = "step"
 """Optimizer steps behind the policy that this row speaks of."""
@@ -93,8 +95,14 @@ TIME_LOGPROBS = "time/logprobs_seconds"
 TIME_TRAIN = "time/train_seconds"
 TIME_PUBLISH = "time/publish_seconds"
 TIME_OTHER = "time/other_seconds"
+TIME_EVALUATION = "time/evaluation_seconds"
+"""The part of ``other`` in which the publish waited for an evaluation beside training."""
 TIME_PHASES = (TIME_GENERATE, TIME_TOOLS, TIME_LOGPROBS, TIME_TRAIN, TIME_PUBLISH, TIME_OTHER)
 """Shares of a step, in the order they happen."""
+
+EVAL_OLDEST_VERSION = "eval/oldest_version"
+EVAL_NEWEST_VERSION = "eval/newest_version"
+"""The policies that sampled an evaluation's tokens; both are its step unless it ran beside training for longer."""
 
 THROUGHPUT_TOKENS = "throughput/tokens_per_second"
 THROUGHPUT_SAMPLES = "throughput/samples_per_second"
