@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import dataclasses
+import itertools
 import json
-from collections.abc import Mapping
+from collections.abc import AsyncIterator, Mapping
 from pathlib import Path
 
 from megatron_ztrl.config.schema import Config
@@ -13,8 +16,10 @@ from megatron_ztrl.data.tokenizer import PolicyTokenizer
 from megatron_ztrl.envs.prompt_templates import get_template
 from megatron_ztrl.observability import names
 from megatron_ztrl.observability.progress import Progress
+from megatron_ztrl.rollout.fleet import EngineFleet
+from megatron_ztrl.rollout.journal import Journal, identity
 from megatron_ztrl.rollout.statistics import rollout_statistics
-from megatron_ztrl.rollout.trajectory import Sampling
+from megatron_ztrl.rollout.trajectory import Engine, Sampling
 from megatron_ztrl.runtime.system import RolloutSystem, launch_rollouts
 from megatron_ztrl.types import Prompt, Rollout
 from megatron_ztrl.weights.hf_checkpoint import HFCheckpointReader
@@ -22,8 +27,26 @@ from megatron_ztrl.weights.hf_checkpoint import HFCheckpointReader
 _FIRST_MEASURES = (names.ACCURACY, names.CODE_PROPORTION, names.CODE_RATIO)
 
 
+class EngineShare:
+    """At most so many of a fleet's rollouts.
+
+    A rollout waits for its turn here, then in the fleet's line, which is first come, first served: so training
+    always has the rest of the engines, and the evaluation never waits for more than those before it.
+    """
+
+    def __init__(self, fleet: EngineFleet, max_rollouts: int) -> None:
+        self._fleet = fleet
+        self._slots = asyncio.Semaphore(max_rollouts)
+
+    @contextlib.asynccontextmanager
+    async def engine(self) -> AsyncIterator[Engine]:
+        """The engine of one rollout."""
+        async with self._slots, self._fleet.engine() as engine:
+            yield engine
+
+
 class Evaluator:
-    """Evaluates on the prompts of every data set. Rollouts share the engines with training.
+    """Evaluates on the prompts of every data set.
 
     Args:
         system: The running system.
@@ -31,35 +54,55 @@ class Evaluator:
     """
 
     def __init__(self, system: RolloutSystem, prompts: dict[str, list[Prompt]]) -> None:
-        self._system = system
+        self.config = config = system.config
         self._prompts = prompts
-        config = system.config
         self._runner = system.group_runner(
             Sampling(
                 temperature=config.eval.temperature,
                 top_p=config.eval.top_p,
                 max_response_tokens=config.rollout.max_response_tokens,
+                max_call_tokens=config.rollout.max_call_tokens,
             )
         )
+        slots = config.engine.max_running_requests * config.engine.count
+        self._share = EngineShare(system.fleet, max(1, int(config.eval.beside_share * slots)))
 
-    async def evaluate(self, env_iterations: int) -> tuple[dict[str, float], list[Rollout]]:
+    @property
+    def identity(self) -> str:
+        """Tells evaluations apart whose rollouts cannot be mixed."""
+        sampling = dataclasses.asdict(self._runner.sampling)
+        texts = [(prompt.text, prompt.ground_truth) for group in self._prompts.values() for prompt in group]
+        return identity(sampling, texts, self.config.tool, self.config.reward)
+
+    async def evaluate(
+        self, env_iterations: int, *, journal: Journal | None = None, beside: bool = False
+    ) -> tuple[dict[str, float], list[Rollout]]:
         """Rolls out every evaluation prompt.
+
+        Args:
+            env_iterations: N.
+            journal: Where its rollouts are written down.
+            beside: Training goes on meanwhile, and keeps most of the engines.
 
         Returns:
             Metrics ``<data set>/<statistic>``, and the rollouts.
         """
+        runner = dataclasses.replace(self._runner, journal=journal)
+        if beside:
+            runner = dataclasses.replace(runner, fleet=self._share)
         metrics: dict[str, float] = {}
         every: list[Rollout] = []
+        group_ids = itertools.count()
         for name, prompts in self._prompts.items():
             groups = await asyncio.gather(
                 *(
-                    self._runner.run(
-                        index,
+                    runner.run(
+                        next(group_ids),
                         prompt,
-                        group_size=self._system.config.eval.samples_per_prompt,
+                        group_size=self.config.eval.samples_per_prompt,
                         env_iterations=env_iterations,
                     )
-                    for index, prompt in enumerate(prompts)
+                    for prompt in prompts
                 )
             )
             rollouts = [rollout for group in groups for rollout in group.rollouts]

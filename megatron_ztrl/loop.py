@@ -16,6 +16,7 @@ from megatron_ztrl.data.tokenizer import PolicyTokenizer
 from megatron_ztrl.envs.prompt_templates import get_template
 from megatron_ztrl.evaluate import Evaluator, load_eval_prompts
 from megatron_ztrl.observability.clock import PhaseClock
+from megatron_ztrl.observability.names import FINISHED_FILE
 from megatron_ztrl.observability.progress import Progress
 from megatron_ztrl.observability.run_info import write_run_info
 from megatron_ztrl.runtime.checkpoints import CheckpointStore, read_state, verify
@@ -31,12 +32,12 @@ async def train(session: TrainingSession) -> bool:
     Returns:
         Whether the last step was reached. The state is saved either way.
     """
-    config, system, scheduler = session.config, session.system, session.scheduler
+    config, system, evaluations = session.config, session.system, session.evaluations
     version = await session.restore()
-    await system.publisher.publish(version)
-    scheduler.start(session.pending, session.next_group_id)
+    await system.publish(version)
+    session.start()
     while version < config.train.num_steps and not session.stop.is_set():
-        await session.evaluate_if_due(version)
+        await evaluations.start_if_due(version)
         clock = PhaseClock()
         with clock.phase("rollout"):
             taken = await session.take_groups()
@@ -51,9 +52,11 @@ async def train(session: TrainingSession) -> bool:
                 batch_statistics | await system.train_step(minibatch, version) for minibatch in minibatches
             ]
         version += 1
+        with clock.phase("evaluation"):
+            await evaluations.wait_before_publish(version)
         with clock.phase("publish"):
-            await system.publisher.publish(version)
-        scheduler.release(len(taken.groups))  # only now: this is what bounds the staleness
+            await system.publish(version)
+        session.release(taken)  # only now: this is what bounds the staleness
         session.log_step(version, taken, statistics, clock)
         await session.save_if_due(version)
     return await session.finish(version)
@@ -89,7 +92,7 @@ async def _run(config: Config, *, resume: bool) -> bool:
     checkpoint = CheckpointStore(directory / "checkpoints", keep_last=1).latest() if resume else None
     if checkpoint is not None:
         verify(checkpoint)
-        if read_state(checkpoint)["version"] >= config.train.num_steps:
+        if _has_finished(config, read_state(checkpoint)["version"]):
             print(f"{directory} has already reached step {config.train.num_steps} (train.num_steps)")
             return True
     write_run_info(config)
@@ -104,11 +107,21 @@ async def _run(config: Config, *, resume: bool) -> bool:
                     source,
                     Evaluator(system.rollouts, eval_prompts),
                     decode=tokenizer.decode_all,
+                    resume=resume,
                     checkpoint=checkpoint,
                     progress=progress,
                     stop=stop.event,
                 )
                 stop.loop_is_running = True
-                finished = await train(session)
+                async with session:
+                    finished = await train(session)
                 stop.loop_is_running = False
                 return finished
+
+
+def _has_finished(config: Config, version: int) -> bool:
+    """Whether nothing is left to do: a run may also have died after its last step, while it evaluated or exported."""
+    marker = Path(config.run.directory) / FINISHED_FILE
+    return version > config.train.num_steps or (
+        version == config.train.num_steps and marker.exists() and int(marker.read_text()) == version
+    )

@@ -8,36 +8,45 @@ import random
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from types import TracebackType
+from typing import Any, Self
 
 import numpy as np
 
 from megatron_ztrl.algorithms.filters import keep_group
+from megatron_ztrl.config.schema import Config
 from megatron_ztrl.data.mismatch import mismatch_warning
 from megatron_ztrl.data.prompts import PromptSource
-from megatron_ztrl.evaluate import Evaluator, evaluation_line
+from megatron_ztrl.evaluate import Evaluator
+from megatron_ztrl.evaluation_schedule import EvaluationSchedule
 from megatron_ztrl.observability import names
 from megatron_ztrl.observability.clock import PhaseClock
-from megatron_ztrl.observability.jsonl import read_rows
 from megatron_ztrl.observability.metrics import MetricsLogger
 from megatron_ztrl.observability.progress import Progress
 from megatron_ztrl.observability.rollout_log import RolloutLog
-from megatron_ztrl.rollout.scheduler import PendingGroup, RolloutScheduler, TakenGroups
+from megatron_ztrl.rollout.deadlines import Deadlines
+from megatron_ztrl.rollout.journal import Journal, identity
+from megatron_ztrl.rollout.scheduler import RolloutScheduler, TakenGroups
 from megatron_ztrl.rollout.statistics import model_tokens, rollout_statistics
 from megatron_ztrl.rollout.trajectory import Sampling
-from megatron_ztrl.runtime.checkpoints import CheckpointStore, read_state
+from megatron_ztrl.runtime.checkpoints import CheckpointStore
+from megatron_ztrl.runtime.driver_state import DriverState
 from megatron_ztrl.runtime.system import System
 from megatron_ztrl.types import Prompt, Rollout, RolloutGroup
 
+_SHOWN_DAMAGE = 3
+"""Files of a damaged journal that are named."""
+
 
 class TrainingSession:
-    """The driver's side of one run.
+    """The driver's side of one run. As a context manager it ends what is in flight, and closes its files.
 
     Args:
         system: The running system.
         source: Training prompts.
         evaluator: Evaluation.
         decode: Token ids to text with special tokens, for people to read.
+        resume: Go on with what ``run.directory`` holds.
         checkpoint: Where to resume from; None starts at the initial policy.
         progress: The terminal.
         stop: Set it to end the run after the current step, resumable.
@@ -50,6 +59,7 @@ class TrainingSession:
         evaluator: Evaluator,
         *,
         decode: Callable[[Sequence[int]], str],
+        resume: bool,
         checkpoint: Path | None,
         progress: Progress,
         stop: asyncio.Event,
@@ -58,21 +68,36 @@ class TrainingSession:
         self.config = config
         self.system = system
         self.stop = stop
-        self.pending: list[PendingGroup] = []
-        self.next_group_id = 0
         self._source = source
-        self._decode = decode
-        self._evaluator = evaluator
         self._checkpoint = checkpoint
         self._progress = progress
         self._directory = Path(config.run.directory)
-        self._store = CheckpointStore(self._directory / "checkpoints", keep_last=config.checkpoint.keep_last)
-        runner = system.rollouts.group_runner(
-            Sampling(
-                temperature=config.rollout.temperature,
-                top_p=config.rollout.top_p,
-                max_response_tokens=config.rollout.max_response_tokens,
-            )
+        self._restored = state = DriverState.read(checkpoint) if checkpoint else DriverState()
+        if state.source is not None:
+            source.restore(state.source)
+        progress.resume(state.version)
+        self._store = CheckpointStore(
+            self._directory / "checkpoints",
+            keep_last=config.checkpoint.keep_last,
+            on_complete=self._forget_covered,
+        )
+        sampling = training_sampling(config)
+        self._journal = self._open_journal(sampling, resume=resume)
+        self._metrics = MetricsLogger(
+            self._directory, config.logging, restored_step=state.version if resume else None
+        )
+        self._rollout_log = RolloutLog(self._directory, decode)
+        self._rollout_log.truncate_after(state.version)
+        self.evaluations = EvaluationSchedule(
+            evaluator, self._metrics, self._rollout_log, progress, restored_version=state.version
+        )
+        runner = dataclasses.replace(
+            system.rollouts.group_runner(sampling),
+            journal=self._journal,
+            deadlines=Deadlines(
+                rollout_seconds=config.rollout.deadline_seconds,
+                group_seconds=config.rollout.group_deadline_seconds,
+            ),
         )
 
         async def run_group(group_id: int, prompt: Prompt) -> RolloutGroup:
@@ -91,55 +116,28 @@ class TrainingSession:
             max_staleness=config.rollout.max_staleness,
         )
 
-    async def restore(self) -> int:
-        """Loads the checkpoint, if there is one. Returns the version of the policy to go on with."""
-        version = 0
-        if self._checkpoint is not None:
-            state = read_state(self._checkpoint)
-            version = state["version"]
-            await self.system.load_checkpoint(self._checkpoint)
-            self._source.restore(state["source"])
-            self.pending = [
-                PendingGroup(group_id=group["group_id"], prompt=Prompt(**group["prompt"]))
-                for group in state["pending"]
-            ]
-            self.next_group_id = state["next_group_id"]
-            self._progress.resume(version)
-        self._metrics = MetricsLogger(self._directory, self.config.logging, restored_step=version or None)
-        self._evaluated_versions = {
-            row[names.STEP]
-            for row in read_rows(self._directory / names.METRICS_FILE)
-            if row[names.SPLIT] == names.EVAL
-        }
-        self._rollout_log = RolloutLog(self._directory, self._decode)
-        self._rollout_log.truncate_after(version)
-        return version
+    async def __aenter__(self) -> Self:
+        return self
 
-    async def evaluate_if_due(self, version: int) -> None:
-        """Evaluates before the first step, every ``eval.interval_steps``, and after the last one."""
-        evaluation = self.config.eval
-        last = version in (0, self.config.train.num_steps)
-        if evaluation.interval_steps == 0 or (version % evaluation.interval_steps and not last):
-            return
-        if version in self._evaluated_versions:  # by the run that this one resumes
-            return
-        sweep = evaluation.env_iterations if last else evaluation.interval_env_iterations
-        for env_iterations in sweep or evaluation.env_iterations:
-            self._progress.phase(f"evaluating at N = {env_iterations}")
-            metrics, rollouts = await self._evaluator.evaluate(env_iterations)
-            self._metrics.log(
-                {f"eval/{key}": value for key, value in metrics.items()},
-                step=version,
-                split=names.EVAL,
-                env_iterations=env_iterations,
-            )
-            self._rollout_log.log(
-                rollouts[: self.config.logging.sample_rollouts],
-                step=version,
-                split=names.EVAL,
-                env_iterations=env_iterations,
-            )
-            self._progress.note(f"step {version}  N = {env_iterations}  {evaluation_line(metrics)}")
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.scheduler.stop()
+        await self.evaluations.stop()
+        self._metrics.close()
+        self._rollout_log.close()
+        self._journal.close()
+
+    async def restore(self) -> int:
+        """Loads the weights of the checkpoint, if there is one. Returns the version of the policy to go on with."""
+        if self._checkpoint is not None:
+            await self.system.load_checkpoint(self._checkpoint)
+        return self._restored.version
+
+    def start(self) -> None:
+        """Starts rollouts; those that the resumed run had in flight come first, and go on where they were."""
+        self.scheduler.start(self._restored.pending, self._restored.next_group_id)
+        self.evaluations.restart(self._restored.evaluations)
 
     async def take_groups(self) -> TakenGroups | None:
         """The groups of the next step; None when the run was told to stop while it waited for them."""
@@ -202,6 +200,11 @@ class TrainingSession:
         self._rollout_log.log(sample, step=version, env_iterations=self.config.rollout.env_iterations)
         self._progress.step(version, metrics)
 
+    def release(self, taken: TakenGroups) -> None:
+        """The policy that was trained on these groups is published: lets new ones in."""
+        self.scheduler.release(len(taken.groups))
+        self._journal.released([*taken.groups, *taken.dropped])
+
     async def save_if_due(self, version: int) -> None:
         """Begins a save every ``checkpoint.interval_steps``; training goes on while it is written."""
         await self._store.complete_if_written()
@@ -212,12 +215,15 @@ class TrainingSession:
     async def save(self, version: int) -> None:
         """Begins to save everything that a resumed run needs."""
         self._progress.phase("saving a checkpoint")
-        state: dict[str, Any] = {
-            "source": self._source.state(),
-            "pending": [dataclasses.asdict(group) for group in self.scheduler.pending()],
-            "next_group_id": self.scheduler.next_group_id,
-        }
-        await self._store.save(version, self.system, state)
+        state = DriverState(
+            version=version,
+            source=self._source.state(),
+            pending=self.scheduler.pending(),
+            next_group_id=self.scheduler.next_group_id,
+            evaluations=self.evaluations.unfinished(),
+        )
+        self._journal.checkpoint_begun(version)
+        await self._store.save(version, self.system, state.as_json())
 
     async def finish(self, version: int) -> bool:
         """Saves; after the last step also evaluates and exports. Returns whether it was the last."""
@@ -226,15 +232,53 @@ class TrainingSession:
         await self.scheduler.stop()
         finished = version >= self.config.train.num_steps
         if finished:
-            await self.evaluate_if_due(version)
+            await self.evaluations.start_if_due(version)
+            await self.evaluations.finish()
             if self.config.checkpoint.export_hf:
                 self._progress.phase("exporting the policy")
                 await self.system.actor.export_hf(self._directory / "policy")
                 if self.system.critic is not None:
                     await self.system.critic.export_hf(self._directory / "critic")
-        self._metrics.close()
-        self._rollout_log.close()
+            (self._directory / names.FINISHED_FILE).write_text(f"{version}\n")
         return finished
+
+    def _open_journal(self, sampling: Sampling, *, resume: bool) -> Journal:
+        """Reads the rollouts that were in flight; a run that begins removes what another has left."""
+        config, state = self.config, self._restored
+        fingerprint = self._source.state()["fingerprint"]
+        lengths = (config.rollout.group_size, config.rollout.env_iterations)
+        journal = Journal(
+            self._directory / "journal" / "train",
+            identity=identity(fingerprint, sampling, *lengths, config.tool, config.reward, config.model.path),
+        )
+        if not resume:
+            journal.clear()
+            return journal
+        found = journal.restore(state.version, pending=state.pending_ids, next_group_id=state.next_group_id)
+        for line in found.damage[:_SHOWN_DAMAGE]:
+            self._progress.note(line)
+        if len(found.damage) > _SHOWN_DAMAGE:
+            self._progress.note(f"and {len(found.damage) - _SHOWN_DAMAGE} more files of the journal")
+        note = f"resumed {found.rollouts} rollouts with {found.tokens:,} tokens from the journal"
+        if found.tokens_cut:
+            note += f"; {found.tokens_cut:,} of later policies than step {state.version}'s are sampled again"
+        self._progress.note(note)
+        return journal
+
+    def _forget_covered(self, state: dict[str, Any]) -> None:
+        """A checkpoint is complete: what was trained before it needs no journal."""
+        pending = {group["group_id"] for group in state["pending"]}
+        self._journal.checkpoint_complete(pending=pending, next_group_id=state["next_group_id"])
+
+
+def training_sampling(config: Config) -> Sampling:
+    """How training samples."""
+    return Sampling(
+        temperature=config.rollout.temperature,
+        top_p=config.rollout.top_p,
+        max_response_tokens=config.rollout.max_response_tokens,
+        max_call_tokens=config.rollout.max_call_tokens,
+    )
 
 
 def _times(clock: PhaseClock, rollouts: Sequence[Rollout]) -> dict[str, float]:
@@ -250,5 +294,6 @@ def _times(clock: PhaseClock, rollouts: Sequence[Rollout]) -> dict[str, float]:
         names.TIME_LOGPROBS: clock.seconds("logprobs"),
         names.TIME_TRAIN: clock.seconds("train"),
         names.TIME_PUBLISH: clock.seconds("publish"),
-        names.TIME_OTHER: clock.other_seconds(),
+        names.TIME_OTHER: clock.other_seconds() + clock.seconds("evaluation"),
+        names.TIME_EVALUATION: clock.seconds("evaluation"),
     }

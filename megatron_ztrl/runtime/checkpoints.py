@@ -10,6 +10,7 @@ import dataclasses
 import json
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -47,12 +48,20 @@ class CheckpointStore:
     Args:
         directory: ``<run>/checkpoints``.
         keep_last: How many to keep.
+        on_complete: Is given the state of every checkpoint that has become the latest.
     """
 
-    def __init__(self, directory: Path, *, keep_last: int) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        *,
+        keep_last: int,
+        on_complete: Callable[[dict[str, Any]], None] = lambda _: None,
+    ) -> None:
         self._directory = directory
         self._keep_last = keep_last
-        self._pending: tuple[int, Saver] | None = None
+        self._on_complete = on_complete
+        self._pending: tuple[int, Saver, dict[str, Any]] | None = None
 
     async def save(self, version: int, saver: Saver, state: dict[str, Any]) -> None:
         """Begins to save everything that a resumed run needs at ``version``; completes the save before.
@@ -69,7 +78,7 @@ class CheckpointStore:
         partial.mkdir(parents=True)
         (partial / STATE).write_text(json.dumps({"version": version, **state}))
         await saver.save_checkpoint(partial)
-        self._pending = version, saver
+        self._pending = version, saver, state
 
     async def complete_if_written(self) -> None:
         """Completes the save that is under way if its files are there; call it once in a while.
@@ -88,7 +97,7 @@ class CheckpointStore:
         """
         if self._pending is None:
             return
-        version, saver = self._pending
+        version, saver, state = self._pending
         self._pending = None
         partial = self._path(PARTIAL_PREFIX, version)
         records = await saver.finish_checkpoint() | {STATE: seal(partial / STATE)}
@@ -102,6 +111,7 @@ class CheckpointStore:
             # Renamed first, so that one which is half deleted is never taken for a checkpoint.
             os.replace(old, doomed := old.with_name(old.name.replace(PREFIX, PARTIAL_PREFIX, 1)))
             shutil.rmtree(doomed)
+        self._on_complete(state)
 
     def latest(self) -> Path | None:
         """The newest complete checkpoint."""
