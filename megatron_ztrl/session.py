@@ -184,7 +184,7 @@ class TrainingSession:
         for key in statistics[0]:
             metrics[names.LOSS_POLICY if key == "loss/loss" else key] = fmean(row[key] for row in statistics)
         alarm = self.config.algorithm.mismatch_alarm
-        if alarm is not None:
+        if alarm is not None and names.MISMATCH_MEAN in metrics:
             warning = mismatch_warning(metrics, alarm, version)
             metrics[names.MISMATCH_ALARM] = float(warning is not None)
             if warning is not None:

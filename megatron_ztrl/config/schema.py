@@ -153,11 +153,11 @@ class AlgorithmConfig(Section):
     old_logprobs: Literal["trainer", "engine"] = "trainer"
     """Denominator of the ratio: recomputed by Megatron, or as the engine reported them (saves one pass)."""
     importance_correction: Literal["none", "truncate", "mask"] | None = None
-    """Whether a token's loss is multiplied by its probability in the trainer, at the start of the step, over that in
-    the engine, when it was sampled: ``truncate`` cuts this weight at ``importance_cap``, ``mask`` leaves tokens out
-    whose weight is outside ``[importance_floor, importance_cap]``. The loss is divided by all model tokens either way.
-    None: ``none`` where both agree to rounding (float32 and ``rollout.max_staleness: 0``) and with
-    ``old_logprobs: engine``, which is a ratio to the engine as it is; else ``truncate``."""
+    """Whether a token's policy loss is multiplied by its probability in the trainer, at the start of the step, over
+    that in the engine, when it was sampled (decoupled PPO): ``truncate`` cuts this weight at ``importance_cap``,
+    ``mask`` leaves tokens out whose weight is outside ``[importance_floor, importance_cap]``. The loss is divided by
+    all model tokens either way. None: ``none`` where both agree to rounding (float32 and ``rollout.max_staleness: 0``)
+    and with ``old_logprobs: engine``, which is a ratio to the engine as it is; else ``truncate``."""
     importance_level: Literal["token", "sequence", "geometric"] = "token"
     """The weight of a token is its own; its whole response's, the product over model tokens (unbiased, and far from 1
     for long ones); or the geometric mean of that (then with bounds near 1, such as 1.002 and 0.998)."""
@@ -166,7 +166,7 @@ class AlgorithmConfig(Section):
     """``mask`` only."""
     mismatch_alarm: float | None = None
     """Nats. Warns in every step in which trainer and engine differ by more, on average over the tokens that were
-    sampled under the trainer's own weights: less than 1e-5 in float32, usually below 0.05 in bfloat16. None never."""
+    sampled under the trainer's own weights: below 1e-6 in float32; bfloat16 rounds by 0.02 to 0.04. None never."""
     min_accuracy: float = 0.0
     """Groups below this mean reward are left out."""
     max_accuracy: float = 1.0

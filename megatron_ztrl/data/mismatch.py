@@ -59,11 +59,13 @@ class SampledTokens:
             positions.append(position_N)
         lengths = [len(part) for part in engine]
         assert lengths == [len(part) for part in trainer_logprobs]
+        staleness_N = version - np.concatenate(versions)
+        assert (staleness_N >= 0).all(), "a token of weights that the trainer has not made yet"
         return cls(
             lengths=lengths,
             trainer_logp_N=np.concatenate(trainer_logprobs),
             engine_logp_N=np.concatenate(engine),
-            staleness_N=version - np.concatenate(versions),
+            staleness_N=staleness_N,
             places_N=_places(np.concatenate(turns), np.concatenate(positions)),
         )
 
@@ -112,7 +114,7 @@ def importance_statistics(
 
 def mismatch_warning(metrics: Mapping[str, float], limit: float, step: int) -> str | None:
     """A line for the terminal when the mean gap of fresh tokens is above ``limit`` nats, else None."""
-    gap = metrics.get(names.MISMATCH_MEAN, 0.0)
+    gap = metrics[names.MISMATCH_MEAN]
     if gap <= limit:
         return None
     places = {place: f"{names.MISMATCH}/gap_{place}" for place in names.PLACES}

@@ -70,7 +70,7 @@ PLACES = ("turn_1", "turn_2", "turn_3_on", "after_reply", "past_reply")
 later ones. Means there are ``mismatch/gap_<place>``, ``staleness/gap_<place>`` and ``importance/cut_<place>``."""
 MISMATCH_MEAN = f"{MISMATCH}/{GAP_MEAN}"
 MISMATCH_ALARM = f"{MISMATCH}/alarm"
-"""1 in a step whose mean gap is above ``algorithm.mismatch_alarm``."""
+"""1 in a step whose mean gap is above ``algorithm.mismatch_alarm``, else 0; left out where no token was fresh."""
 STALENESS_SHARE = f"{STALENESS}/share"
 """Share of trained tokens that older weights sampled."""
 
