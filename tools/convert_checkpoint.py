@@ -102,6 +102,10 @@ def _show(console: Console, fields: list[Field]) -> None:
         cells = [shown(field.values[source]) if source in field.values else "" for source in sources]
         table.add_row(field.name, *cells, style=None if field.agrees else "red")
     console.print(table)
+    unchecked = [field for field in fields if set(field.values) == {"--like"}]
+    if unchecked:
+        names = ", ".join(f"{field.name} {shown(field.values['--like'])}" for field in unchecked)
+        console.print(f"CKPT does not record, and --like is believed in: {names}", soft_wrap=True)
 
 
 def _fail(console: Console, message: str) -> None:

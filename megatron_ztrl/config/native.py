@@ -24,7 +24,7 @@ _OWNED_TRANSFORMER: dict[str, str] = {
     "pipeline_model_parallel_size": "set actor.pipeline_parallel_size",
     "virtual_pipeline_model_parallel_size": "set actor.virtual_pipeline_size",
     "sequence_parallel": "set actor.sequence_parallel",
-    "context_parallel_size": "packed batches are not split along the sequence; set actor.tensor_parallel_size",
+    "context_parallel_size": "set actor.context_parallel_size",
     "transformer_impl": "set model.backend",
     **dict.fromkeys(("params_dtype", "pipeline_dtype", "bf16", "fp16"), _DTYPE),
     **dict.fromkeys(

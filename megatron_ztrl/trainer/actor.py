@@ -61,6 +61,12 @@ class ActorRank(PolicyRank):
     """One rank of the policy that is trained. See ``MegatronRank`` for the arguments."""
 
     def __init__(self, config: Config, rank: int, world_size: int, init_method: str) -> None:
+        swaps = config.algorithm.kl_coefficient > 0 and config.reference.placement == "actor"
+        if swaps and config.megatron.transformer.get("fp8_param"):
+            raise ValueError(
+                "reference.placement: weights in FP8 (megatron.transformer.fp8_param) cannot be swapped; set it to"
+                " world"
+            )
         super().__init__(config, rank, world_size, init_method, trainable=True)
         self._loss_settings = LossSettings(
             vocab_size=self._architecture.vocab_size,
@@ -70,7 +76,7 @@ class ActorRank(PolicyRank):
             kl_coefficient=config.algorithm.kl_coefficient,
         )
         self._first_weights: dict[str, torch.Tensor] = {}
-        if config.algorithm.kl_coefficient and config.reference.placement == "actor":
+        if swaps:
             self._first_weights = {name: self.parameter(name).cpu().clone() for name in self._parameters}
 
     def train_step(self, batch: PackedBatch, step: int) -> dict[str, float] | None:

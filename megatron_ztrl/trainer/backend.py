@@ -84,10 +84,9 @@ def check_support(config: TransformerConfig, backend: Backend, capability: tuple
         ValueError: one line with the config path and the fix.
     """
     options = "megatron.transformer"
-    if config.context_parallel_size > 1:
+    if config.context_parallel_size > 1 and backend == "te" and not config.bf16:
         raise ValueError(
-            f"{options}.context_parallel_size: packed batches are not split along the sequence; set"
-            " actor.tensor_parallel_size and actor.sequence_parallel"
+            "context_parallel_size: Transformer Engine's attention shares sequences in bfloat16 only; set model.dtype"
         )
     if config.expert_model_parallel_size > 1 or config.num_moe_experts:
         raise ValueError(f"{options}: no supported architecture has experts to spread over ranks")
@@ -99,11 +98,6 @@ def check_support(config: TransformerConfig, backend: Backend, capability: tuple
         raise ValueError(f"{options}.fp8: the local layers do not compute in FP8; set model.backend to te")
     if not config.bf16:
         raise ValueError(f"{options}.fp8: keeps its weights in bfloat16; set model.dtype to bfloat16")
-    if config.fp8_param:
-        raise ValueError(
-            f"{options}.fp8_param: weights are loaded and published slice by slice, which FP8 weights do not"
-            " have; leave it out: fp8 alone computes in FP8 with bfloat16 weights"
-        )
     recipe = str(getattr(config.fp8_recipe, "value", config.fp8_recipe))
     needed, generation = _FP8_NEEDS.get(recipe, _FP8_NEEDS["delayed"])
     if capability < needed:

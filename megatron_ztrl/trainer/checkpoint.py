@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import random
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,21 +12,38 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
+from megatron_ztrl.trainer import optimizer_shards
 from megatron_ztrl.trainer.model import PolicyModel
 from megatron_ztrl.trainer.shard_writer import BackgroundSave, PendingSave
-from megatron_ztrl.weights.hf_mapping import ParallelLayout
+from megatron_ztrl.trainer.topology import read_architecture
+from megatron_ztrl.weights.describe import compare, describe_architecture
+from megatron_ztrl.weights.hf_checkpoint import copy_description, head_config
+from megatron_ztrl.weights.hf_mapping import Architecture, ParallelLayout
 
 SHARD_INDEX = ".metadata"
 """Which shard is where in which file; the last file that is written."""
 
 
 def save(
-    directory: Path, chunks: list[PolicyModel], optimizer: MegatronOptimizer, layout: ParallelLayout
+    directory: Path,
+    chunks: list[PolicyModel],
+    optimizer: MegatronOptimizer,
+    layout: ParallelLayout,
+    architecture: Architecture,
+    source: Path,
 ) -> PendingSave:
     """Begins to save parameters, optimizer state and random state; collective over all ranks.
 
     Returns when everything has been copied, so that training may go on while the copies are written.
+
+    Args:
+        directory: Of the checkpoint; made if missing.
+        architecture: Of the model.
+        source: HF checkpoint that the model began as. Its config.json and tokenizer are copied: the checkpoint says
+            by itself what it is of, and can be converted without anything else.
     """
     if dist.get_rank() == 0:
         directory.mkdir(parents=True, exist_ok=True)
@@ -39,26 +54,35 @@ def save(
     state["rng"] = _sharded_rng(layout, _rng_state())
     strategy = BackgroundSave("torch_dist", 1)
     dist_checkpointing.save(state, str(directory), sharded_strategy=strategy)
+    if dist.get_rank() == 0:
+        copy_description(source, directory, **head_config(architecture))
     return strategy.pending
 
 
 def load(
-    directory: Path, chunks: list[PolicyModel], optimizer: MegatronOptimizer, layout: ParallelLayout
+    directory: Path,
+    chunks: list[PolicyModel],
+    optimizer: MegatronOptimizer,
+    layout: ParallelLayout,
+    architecture: Architecture,
 ) -> None:
     """Restores what :func:`save` wrote, under the same or another layout; collective over all ranks.
 
     The random state is restored only under the same layout. No dropout draws from it.
 
     Raises:
-        ValueError: there is no complete checkpoint in ``directory``, or it lacks a parameter.
+        ValueError: there is no complete checkpoint in ``directory``, or it is of another model.
     """
     if not (directory / SHARD_INDEX).is_file():
         raise ValueError(f"{directory} holds no complete Megatron checkpoint ({SHARD_INDEX} is missing)")
+    _check_model(directory, architecture)
     _give_every_parameter_adam_state(optimizer)
+    for part in _parts(optimizer):
+        if isinstance(part.optimizer, HybridDeviceOptimizer) and not part.optimizer.state:
+            part.optimizer.dummy_step()  # makes the state; what it does to the weights is overwritten
     state = _sharded_state(chunks, optimizer, is_loading=True)
-    same_layout = dist_checkpointing.load_common_state_dict(str(directory))["layout"] == _layout_record(
-        layout
-    )
+    stored_layout = dist_checkpointing.load_common_state_dict(str(directory))["layout"]
+    same_layout = {"context": 1} | stored_layout == _layout_record(layout)
     if same_layout:
         state["rng"] = _sharded_rng(layout, None)
     loaded = dist_checkpointing.load(state, str(directory))
@@ -68,48 +92,42 @@ def load(
         missing = [key for key in result.missing_keys if not key.endswith("_extra_state")]
         if missing or result.unexpected_keys:
             raise ValueError(f"{directory}: missing {missing}, unexpected {result.unexpected_keys}")
-    _load_optimizer(optimizer, loaded["optimizer"])
+    _load_optimizer(optimizer, loaded)
     if same_layout:
         _restore_rng(loaded["rng"])
+
+
+def _check_model(directory: Path, architecture: Architecture) -> None:
+    """Refuses another model's checkpoint. Rotary base and norm epsilon are in no tensor: they would change silently."""
+    if not (directory / "config.json").is_file():  # saved before checkpoints had one
+        return
+    stored = describe_architecture(read_architecture(directory))
+    fields = compare({"the checkpoint": stored, "the model": describe_architecture(architecture)})
+    if wrong := [str(field) for field in fields if not field.agrees]:
+        raise ValueError(f"{directory} is not of this model: {'; '.join(wrong)}")
 
 
 def _sharded_state(
     chunks: list[PolicyModel], optimizer: MegatronOptimizer, *, is_loading: bool
 ) -> dict[str, Any]:
-    metadata = {
-        "distrib_optim_sharding_type": "fully_reshardable",
-        "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
-    }
+    metadata = {"dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)}
     state: dict[str, Any] = {
         _chunk_key(index, chunks): chunk.sharded_state_dict(metadata=metadata)
         for index, chunk in enumerate(chunks)
     }
-    model_state = state if len(chunks) > 1 else state["model"]
-    with _bucket_padding_kept(optimizer):
+    if not _is_distributed(optimizer):
+        model_state = state if len(chunks) > 1 else state["model"]
         optimizer_state = optimizer.sharded_state_dict(
             dict(model_state), is_loading=is_loading, metadata=metadata
         )
-    return {**state, "optimizer": optimizer_state}
-
-
-@contextlib.contextmanager
-def _bucket_padding_kept(optimizer: MegatronOptimizer) -> Iterator[None]:
-    """Makes Megatron 0.16 save the right numbers when a gradient buffer has several buckets.
-
-    It joins the buckets without the padding between them, then cuts parameters out at positions that count
-    the padding: everything behind the first bucket is shifted, and the end filled with zeros. Tied embeddings
-    under pipeline parallelism make a bucket of their own, overlapped reduction makes many.
-    """
-    buffers = [buffer for part in _parts(optimizer) for buffer in getattr(part, "buffers", [])]
-    holders = [holder for buffer in buffers for holder in (buffer, *buffer.buckets)]
-    unpadded = [holder.numel_unpadded for holder in holders]
-    for holder in holders:
-        holder.numel_unpadded = holder.grad_data.numel()
-    try:
-        yield
-    finally:
-        for holder, size in zip(holders, unpadded, strict=True):
-            holder.numel_unpadded = size
+        return {**state, "optimizer": optimizer_state}
+    model_state = dict(state)
+    if not is_loading:
+        state["optimizer"] = optimizer.state_dict()  # parameter groups only: alike on all ranks
+    state["optimizer_shards"] = [
+        optimizer_shards.shards(part, model_state, is_loading=is_loading) for part in _parts(optimizer)
+    ]
+    return state
 
 
 def _chunk_key(index: int, chunks: list[PolicyModel]) -> str:
@@ -117,11 +135,30 @@ def _chunk_key(index: int, chunks: list[PolicyModel]) -> str:
 
 
 def _layout_record(layout: ParallelLayout) -> dict[str, int]:
-    return {"tensor": layout.tensor_size, "pipeline": layout.pipeline_size, "data": layout.data_size}
+    return {
+        "tensor": layout.tensor_size,
+        "pipeline": layout.pipeline_size,
+        "data": layout.data_size,
+        "context": layout.context_size,
+    }
 
 
 def _parts(optimizer: MegatronOptimizer) -> list[Any]:
     return getattr(optimizer, "chained_optimizers", [optimizer])
+
+
+def _is_distributed(optimizer: MegatronOptimizer) -> bool:
+    return all(isinstance(part, DistributedOptimizer) for part in _parts(optimizer))
+
+
+def _give_every_parameter_adam_state(optimizer: MegatronOptimizer) -> None:
+    """Adam makes its state in the first step, but there may be a save or a load before it."""
+    for part in _parts(optimizer):
+        if part.init_state_fn is not None:  # None with states in host memory
+            part.init_state_fn(part.optimizer, part.config)
+        if _uses_torch_adam(part):  # which wants to find its step, too
+            for state in part.optimizer.state.values():
+                state.setdefault("step", torch.tensor(0.0))
 
 
 def _uses_torch_adam(part: Any) -> bool:
@@ -131,44 +168,14 @@ def _uses_torch_adam(part: Any) -> bool:
     )
 
 
-def _give_every_parameter_adam_state(optimizer: MegatronOptimizer) -> None:
-    """Torch's Adam makes its state in the first step, but Megatron reads a ``step`` from every parameter."""
-    for part in _parts(optimizer):
-        if not _uses_torch_adam(part):
-            continue
-        for parameter in (p for group in part.optimizer.param_groups for p in group["params"]):
-            if not part.optimizer.state[parameter]:
-                part.optimizer.state[parameter] = {
-                    "step": torch.tensor(0.0),
-                    "exp_avg": torch.zeros_like(parameter),
-                    "exp_avg_sq": torch.zeros_like(parameter),
-                }
-
-
-def _load_optimizer(optimizer: MegatronOptimizer, state: dict[str, Any]) -> None:
-    """Loads optimizer state, around two defects of Megatron 0.16 with torch's Adam."""
+def _load_optimizer(optimizer: MegatronOptimizer, loaded: dict[str, Any]) -> None:
+    optimizer.load_state_dict(loaded["optimizer"])
     for part in filter(_uses_torch_adam, _parts(optimizer)):
-        # The resharded state has no "step" (it is in the parameter groups), but the setter asks for one.
-        part._set_main_param_and_optimizer_states = _KeepStep(part)
-    optimizer.load_state_dict(state)
-    for part in filter(_uses_torch_adam, _parts(optimizer)):
-        del part._set_main_param_and_optimizer_states
-        # All parameters share one step tensor now, which each of them would advance in every step.
+        # Megatron 0.16 gives all parameters one step tensor, which each of them would advance in every step.
         for parameter_state in part.optimizer.state.values():
             parameter_state["step"] = parameter_state["step"].clone()
-
-
-class _KeepStep:
-    """Replaces a distributed optimizer's state setter by one that keeps the step it has."""
-
-    def __init__(self, part: Any) -> None:
-        self._part = part
-        self._set = part._set_main_param_and_optimizer_states
-
-    def __call__(self, model_param: torch.nn.Parameter, tensors: dict[str, torch.Tensor]) -> None:
-        group, order = self._part.model_param_group_index_map[model_param]
-        main_param = self._part.optimizer.param_groups[group]["params"][order]
-        self._set(model_param, {"step": self._part.optimizer.state[main_param]["step"], **tensors})
+    for part, shards in zip(_parts(optimizer), loaded.get("optimizer_shards", []), strict=False):
+        optimizer_shards.load_shards(part, shards)
 
 
 def _rng_state() -> dict[str, Any]:
@@ -197,5 +204,5 @@ def _sharded_rng(layout: ParallelLayout, state: dict[str, Any] | None) -> Sharde
         state,
         (layout.pipeline_size, layout.tensor_size),
         (place.pipeline_rank, place.tensor_rank),
-        replica_id=place.data_rank,
+        replica_id=place.data_rank * layout.context_size + place.context_rank,
     )

@@ -54,8 +54,7 @@ class CriticRank(MegatronRank):
             mb = next(iterator)
 
             def scatter(value_N: Tensor, non_loss_data: bool) -> Tensor:
-                zeros_T = torch.zeros(mb.input_ids.shape[1], device=value_N.device)
-                return zeros_T.index_copy_(0, mb.selected_N, value_N.float())
+                return mb.spread(value_N.float())
 
             return mb.outputs(model), scatter
 

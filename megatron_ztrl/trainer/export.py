@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -38,7 +38,7 @@ def owners(
 def export_hf(
     directory: Path,
     source: Path,
-    parameters: Mapping[str, Tensor],
+    parameter: Callable[[str], Tensor],
     architecture: Architecture,
     layout: ParallelLayout,
     backend: Backend,
@@ -48,17 +48,17 @@ def export_hf(
     Args:
         directory: where the checkpoint goes; made if missing.
         source: the checkpoint that config.json and the tokenizer files are copied from.
-        parameters: this rank's parameters by ``TensorSlice.param``.
+        parameter: this rank's parameters by ``TensorSlice.param``.
     """
     rank = dist.get_rank()
     shapes = hf_tensor_shapes(architecture)
-    some = next(iter(parameters.values()))
+    some = parameter(megatron_slices(architecture, layout, rank, backend=backend)[0].param)
     writer = HFCheckpointWriter(directory, shapes, some.dtype) if rank == 0 else None
     for name, pieces in owners(architecture, layout, backend).items():
         whole = torch.empty(shapes[name], dtype=some.dtype) if writer else None
         for owner, piece in pieces:
             if owner == rank:
-                block = parameters[piece.param].narrow(piece.dim, piece.start, piece.length).contiguous()
+                block = parameter(piece.param).narrow(piece.dim, piece.start, piece.length).contiguous()
                 if rank != 0:
                     dist.send(block, dst=0)
             if whole is not None:

@@ -15,8 +15,9 @@ from megatron_ztrl.trainer.cpu_compat import cuda_calls
 
 cuda_calls.install()  # before the modules below bind what it replaces
 
-from megatron_ztrl.trainer import checkpoint, setup  # noqa: E402
+from megatron_ztrl.trainer import checkpoint, fp8_weights, setup  # noqa: E402
 from megatron_ztrl.trainer.backend import choose_backend, device  # noqa: E402
+from megatron_ztrl.trainer.context import ContextPart  # noqa: E402
 from megatron_ztrl.trainer.export import export_hf  # noqa: E402
 from megatron_ztrl.trainer.integrity import FileRecord  # noqa: E402
 from megatron_ztrl.trainer.model import build_chunks, wrap_chunks, wrap_precision  # noqa: E402
@@ -37,7 +38,7 @@ class MegatronRank:
         source: HF checkpoint with the first weights.
         architecture: Of the model; its head may differ from the checkpoint's, and then starts at zero.
         rank: Global rank in this world.
-        world_size: Tensor times pipeline times data parallel size.
+        world_size: Tensor times pipeline times data times context parallel size.
         init_method: Where the ranks meet, ``tcp://host:port`` or ``file:///path``.
         trainable: False builds no optimizer, and no gradient buffers.
 
@@ -78,11 +79,13 @@ class MegatronRank:
             for name, parameter in chunk.named_parameters()
         }
         head_is_new = architecture.head != read_architecture(source).head
+        staged = fp8_weights.staging(self._parameters)
         load_slices(
             [piece for piece in self._slices if not (head_is_new and piece.tensor.startswith(VALUE_HEAD))],
-            self._parameters,
+            staged,
             HFCheckpointReader(source),
         )
+        fp8_weights.take_over(self._parameters, staged, trainable=trainable)
         if not trainable:
             self._models = wrap_precision(self._chunks, transformer)
             return
@@ -100,20 +103,24 @@ class MegatronRank:
     @property
     def is_output_rank(self) -> bool:
         """Whether this is the one rank of its data-parallel replica that returns results."""
-        return self._place.pipeline_rank == self._layout.pipeline_size - 1 and self._place.tensor_rank == 0
+        place = self._place
+        is_last_stage = place.pipeline_rank == self._layout.pipeline_size - 1
+        return is_last_stage and place.tensor_rank == 0 and place.context_rank == 0
 
     def parameter_slices(self) -> list[TensorSlice]:
         """What this rank holds of which HF tensor."""
         return self._slices
 
     def parameter(self, name: str) -> Tensor:
-        """This rank's part of a parameter, by ``TensorSlice.param``; not a copy."""
-        return self._parameters[name].detach()
+        """This rank's part of a parameter, by ``TensorSlice.param``; a copy only if it is kept in FP8."""
+        return fp8_weights.plain(self._parameters[name])
 
     def save_checkpoint(self, directory: str | Path) -> None:
         """Begins to write everything needed to resume; training may go on when this returns."""
         assert self._pending_save is None, "finish_checkpoint() ends a save before the next begins"
-        self._pending_save = checkpoint.save(Path(directory), self._chunks, self._optimizer, self._layout)
+        self._pending_save = checkpoint.save(
+            Path(directory), self._chunks, self._optimizer, self._layout, self._architecture, self._source
+        )
 
     def checkpoint_written(self) -> bool:
         """Whether ``finish_checkpoint`` would return without waiting for this rank. Not collective.
@@ -142,14 +149,14 @@ class MegatronRank:
         """Resumes from :meth:`save_checkpoint`, under this or another layout.
 
         Raises:
-            ValueError: There is no complete checkpoint in ``directory``.
+            ValueError: There is no complete checkpoint in ``directory``, or it is of another model.
         """
-        checkpoint.load(Path(directory), self._chunks, self._optimizer, self._layout)
+        checkpoint.load(Path(directory), self._chunks, self._optimizer, self._layout, self._architecture)
 
     def export_hf(self, directory: str | Path) -> None:
         """Writes the current weights as a Hugging Face checkpoint, with the tokenizer of the first ones."""
         export_hf(
-            Path(directory), self._source, self._parameters, self._architecture, self._layout, self._backend
+            Path(directory), self._source, self.parameter, self._architecture, self._layout, self._backend
         )
 
     def close(self) -> None:
@@ -211,7 +218,15 @@ class MegatronRank:
             nothing = dict.fromkeys(microbatches[0].per_token, np.zeros(size, dtype=np.float32))
             idle = replace(one_sequence([0], size), per_token=nothing)
             microbatches = microbatches + [idle] * (-len(microbatches) % self._layout.pipeline_size)
-        return [DeviceMicrobatch.of(mb, self._backend, device()) for mb in microbatches]
+        return [DeviceMicrobatch.of(mb, self._backend, device(), self._part(mb)) for mb in microbatches]
+
+    def _part(self, microbatch: Microbatch) -> ContextPart | None:
+        size = self._layout.context_size
+        if size == 1:
+            return None
+        return ContextPart.of(
+            microbatch.cu_seqlens, size=size, rank=self._place.context_rank, multiple=self._token_multiple
+        )
 
 
 def one_sequence(token_ids: list[int], pad_to_multiple: int) -> Microbatch:

@@ -18,6 +18,7 @@ from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_mega
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_ztrl.config.schema import Config, WorldConfig
+from megatron_ztrl.trainer import fp8_weights
 from megatron_ztrl.trainer.backend import platform_options, process_group_backend
 from megatron_ztrl.trainer.cpu_compat.allocator import keep_freed_memory
 from megatron_ztrl.weights.hf_mapping import Architecture, Backend, ParallelLayout
@@ -49,11 +50,13 @@ def init_distributed(layout: ParallelLayout, rank: int, init_method: str, seed: 
         layout.tensor_size,
         layout.pipeline_size,
         virtual_pipeline_model_parallel_size=layout.virtual_size if layout.virtual_size > 1 else None,
+        context_parallel_size=layout.context_size,
     )
     place = layout.place(rank)
     assert place.tensor_rank == parallel_state.get_tensor_model_parallel_rank()
     assert place.pipeline_rank == parallel_state.get_pipeline_model_parallel_rank()
     assert place.data_rank == parallel_state.get_data_parallel_rank()
+    assert place.context_rank == parallel_state.get_context_parallel_rank()
     tensor_parallel.model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
 
 
@@ -83,6 +86,7 @@ def transformer_config(
         "virtual_pipeline_model_parallel_size": (
             world.virtual_pipeline_size if world.virtual_pipeline_size > 1 else None
         ),
+        "context_parallel_size": world.context_parallel_size,
         "sequence_parallel": world.sequence_parallel,
         "params_dtype": dtype,
         "pipeline_dtype": dtype,
@@ -107,18 +111,22 @@ def _finalize_without_scaling(
 
 
 def ddp_config(config: Config) -> DistributedDataParallelConfig:
-    """Data parallelism with the distributed optimizer."""
+    """Data parallelism with the distributed optimizer.
+
+    Raises:
+        ValueError: it cannot be combined with weights in FP8.
+    """
     options = {"grad_reduce_in_fp32": True, "use_distributed_optimizer": True, "check_for_nan_in_grad": True}
-    return DistributedDataParallelConfig(**(options | config.megatron.ddp))
+    options |= fp8_weights.ddp_options(config)
+    chosen = DistributedDataParallelConfig(**(options | config.megatron.ddp))
+    fp8_weights.check_ddp(config, chosen)
+    return chosen
 
 
-def build_optimizer(
-    config: Config,
-    world: WorldConfig,
-    models: list[DistributedDataParallel],
-    ddp: DistributedDataParallelConfig,
-) -> MegatronOptimizer:
-    """AdamW whose states are spread over the data-parallel ranks."""
+def optimizer_config(
+    config: Config, world: WorldConfig, ddp: DistributedDataParallelConfig
+) -> OptimizerConfig:
+    """AdamW from ``world``, the rest from ``megatron.optimizer``."""
     options: dict[str, Any] = {
         "optimizer": "adam",
         "lr": world.learning_rate,
@@ -132,8 +140,18 @@ def build_optimizer(
         "params_dtype": DTYPES[config.model.dtype],
         "use_distributed_optimizer": ddp.use_distributed_optimizer,
         "overlap_param_gather": ddp.overlap_param_gather,
-    }
-    return get_megatron_optimizer(OptimizerConfig(**(options | config.megatron.optimizer)), models)
+    } | fp8_weights.optimizer_options(config)
+    return OptimizerConfig(**(options | config.megatron.optimizer))
+
+
+def build_optimizer(
+    config: Config,
+    world: WorldConfig,
+    models: list[DistributedDataParallel],
+    ddp: DistributedDataParallelConfig,
+) -> MegatronOptimizer:
+    """AdamW whose states are spread over the data-parallel ranks."""
+    return get_megatron_optimizer(optimizer_config(config, world, ddp), models)
 
 
 def destroy_distributed() -> None:

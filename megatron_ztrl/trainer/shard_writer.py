@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import contextlib
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -16,11 +17,14 @@ from megatron.core.dist_checkpointing.strategies.torch import (
     mcore_to_pyt_state_dict,
 )
 from torch.distributed.checkpoint import FileSystemWriter
+from torch.distributed.checkpoint.filesystem import DEFAULT_SUFFIX
 from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import SavePlan
 from torch.distributed.checkpoint.storage import WriteResult
 
+from megatron_ztrl.trainer.fp8_weights import plain
 from megatron_ztrl.trainer.integrity import FileRecord, seal, seal_directory
+from megatron_ztrl.weights.dist_checkpoint import reason_of
 
 
 class PendingSave:
@@ -58,7 +62,7 @@ class PendingSave:
         Raises:
             OSError: They could not be written.
         """
-        return self._files.done() and bool(self._wait())
+        return self._files.done() and bool(self._files.result())
 
     def finish(self) -> dict[str, FileRecord]:
         """Waits for the shards and completes the checkpoint; collective over all ranks.
@@ -69,29 +73,35 @@ class PendingSave:
         Raises:
             OSError: They could not be written.
         """
-        shards, records = self._wait()
+        shards, records = self._files.result()
         is_first = dist.get_rank() == 0
         by_rank: list[Any] | None = [None] * dist.get_world_size() if is_first else None
         dist.gather_object(shards, by_rank)
         if by_rank is not None:
             assert self._metadata is not None
-            self._writer.finish(self._metadata, by_rank)
-            names = _file_names(shard for shards in by_rank for shard in shards)
-            records |= {path.name: seal(path) for path in self._directory.iterdir() if path.name not in names}
-            seal_directory(self._directory)
+            with _naming(self._directory):
+                self._writer.finish(self._metadata, by_rank)
+                names = _file_names(shard for shards in by_rank for shard in shards)
+                rest = (path for path in self._directory.iterdir() if path.name not in names)
+                records |= {path.name: seal(path) for path in rest}
+                seal_directory(self._directory)
         return records
 
     def _write(
         self, planner: MCoreSavePlanner, plan: SavePlan
     ) -> tuple[list[WriteResult], dict[str, FileRecord]]:
-        shards = self._writer.write_data(plan, planner).value()
-        return shards, {name: seal(self._directory / name) for name in _file_names(shards)}
+        with _naming(self._directory / f"{plan.storage_data.prefix}0{DEFAULT_SUFFIX}"):
+            shards = self._writer.write_data(plan, planner).value()
+            return shards, {name: seal(self._directory / name) for name in _file_names(shards)}
 
-    def _wait(self) -> tuple[list[WriteResult], dict[str, FileRecord]]:
-        try:
-            return self._files.result()
-        except (OSError, RuntimeError) as error:  # torch's file writer raises RuntimeError
-            raise OSError(f"the checkpoint in {self._directory} could not be written: {error}") from error
+
+@contextlib.contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Says which file could not be written. Torch's writer raises an error of its archive, whatever the reason."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        raise OSError(f"{path} could not be written: {reason_of(error)}") from error
 
 
 def _file_names(shards: Iterable[WriteResult]) -> set[str]:
@@ -114,7 +124,7 @@ class BackgroundSave(TorchDistSaveShardedStrategy):
         )
         for shard in (shard for shards in flat.values() for shard in shards):
             if isinstance(shard, ShardedTensor) and shard.data is not None:
-                shard.data = shard.data.detach().to("cpu", copy=True)
+                shard.data = plain(shard.data).to("cpu", copy=True)
         planner = MCoreSavePlanner(
             dedup_replicated_tensors=not self.keep_only_main_replica, flatten_state_dict=False
         )

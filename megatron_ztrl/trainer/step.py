@@ -18,7 +18,8 @@ from torch import Tensor
 
 from megatron_ztrl.algorithms.losses import kl_penalty, ppo_clip_loss
 from megatron_ztrl.data.packing import Microbatch
-from megatron_ztrl.trainer.cpu_compat.attention import BlockedSeqParams, plan_blocks
+from megatron_ztrl.trainer.context import PADDING, ContextPart
+from megatron_ztrl.trainer.cpu_compat.attention import BlockedSeqParams, Share, plan_blocks
 from megatron_ztrl.weights.hf_mapping import Backend
 
 
@@ -42,47 +43,81 @@ class LossSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class DeviceMicrobatch:
-    """A microbatch as tensors, with its trained positions picked out."""
+    """This rank's tokens of a microbatch as tensors, with the trained positions picked out.
+
+    Without context parallelism that is the whole microbatch.
+    """
 
     input_ids: Tensor
     """[1, T]"""
     position_ids: Tensor
     """[1, T]"""
     selected_N: Tensor
+    """Trained positions among this rank's tokens."""
+    origin_N: Tensor
+    """The same positions in the microbatch."""
+    microbatch_tokens: int
+    is_shared: bool
+    """Whether other ranks have tokens of the microbatch, too."""
     targets_N: Tensor
     per_token_N: dict[str, Tensor]
     packed_seq_params: PackedSeqParams
 
     @classmethod
-    def of(cls, mb: Microbatch, backend: Backend, device: torch.device) -> DeviceMicrobatch:
-        """Moves a microbatch to the device."""
-        selected = np.flatnonzero(mb.loss_mask_T)
+    def of(
+        cls, mb: Microbatch, backend: Backend, device: torch.device, part: ContextPart | None = None
+    ) -> DeviceMicrobatch:
+        """Moves a microbatch to the device, or the part of it that a context-parallel rank works on."""
+        tokens = mb.input_ids_T.size
+        source_T, cu_seqlens = np.arange(tokens), mb.cu_seqlens
+        if part is not None:
+            source_T, cu_seqlens = part.source_T, part.cu_seqlens
+        real_T = source_T != PADDING
+        selected = np.flatnonzero(real_T & mb.loss_mask_T[source_T])
+        origin = source_T[selected]
 
         # Arrays that came through Ray's object store are read-only, which torch.from_numpy does not accept.
         def move(array: np.ndarray) -> Tensor:
             return torch.tensor(array, device=device)
 
-        longest = int(np.diff(mb.cu_seqlens).max())
-        cu_seqlens = move(mb.cu_seqlens.astype(np.int32))
+        longest = int(np.diff(cu_seqlens).max())
+        starts = move(cu_seqlens.astype(np.int32))
         fields: dict[str, Any] = {
             "qkv_format": "thd",
-            "cu_seqlens_q": cu_seqlens,
-            "cu_seqlens_kv": cu_seqlens,
+            "cu_seqlens_q": starts,
+            "cu_seqlens_kv": starts,
             "max_seqlen_q": longest,
             "max_seqlen_kv": longest,
         }
         if backend == "te":
             params = PackedSeqParams(**fields)
         else:
-            params = BlockedSeqParams(**fields, blocks=plan_blocks(mb.cu_seqlens.tolist(), device))
+            params = BlockedSeqParams(
+                **fields,
+                blocks=plan_blocks(cu_seqlens.tolist(), device),
+                share=None if part is None else Share(move(part.order_P), move(part.placed_T)),
+            )
         return cls(
-            input_ids=move(mb.input_ids_T)[None],
-            position_ids=move(mb.position_ids_T)[None],
+            input_ids=move(np.where(real_T, mb.input_ids_T[source_T], 0))[None],
+            position_ids=move(np.where(real_T, mb.position_ids_T[source_T], 0))[None],
             selected_N=move(selected),
-            targets_N=move(mb.target_ids_T[selected]),
-            per_token_N={name: move(array[selected]) for name, array in mb.per_token.items()},
+            origin_N=move(origin),
+            microbatch_tokens=tokens,
+            is_shared=part is not None,
+            targets_N=move(mb.target_ids_T[origin]),
+            per_token_N={name: move(array[origin]) for name, array in mb.per_token.items()},
             packed_seq_params=params,
         )
+
+    def spread(self, values_N: Tensor) -> Tensor:
+        """Values at the trained positions of all ranks' tokens -> [T] of the microbatch, 0 elsewhere.
+
+        Collective over the context-parallel ranks.
+        """
+        values_T = values_N.new_zeros(self.microbatch_tokens).index_copy_(0, self.origin_N, values_N)
+        if self.is_shared:
+            torch.distributed.all_reduce(values_T, group=parallel_state.get_context_parallel_group())
+        return values_T
 
     def outputs(self, model: Any, **head_inputs: Any) -> Tensor:
         """What the model's head says of the selected positions; hidden states before the last stage."""
@@ -116,9 +151,7 @@ def forward_logprobs(
 
         def scatter(logp_and_entropy_2N: Tensor, non_loss_data: bool) -> Tensor:
             logp_N, _ = logp_and_entropy_2N
-            return torch.zeros(mb.input_ids.shape[1], device=logp_N.device).index_copy_(
-                0, mb.selected_N, logp_N
-            )
+            return mb.spread(logp_N)
 
         return mb.logprobs(model, vocab_size, temperature), scatter
 

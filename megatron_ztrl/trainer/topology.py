@@ -59,6 +59,7 @@ def parallel_layout(world: WorldConfig) -> ParallelLayout:
         pipeline_size=world.pipeline_parallel_size,
         data_size=world.data_parallel_size,
         virtual_size=world.virtual_pipeline_size,
+        context_size=world.context_parallel_size,
     )
 
 

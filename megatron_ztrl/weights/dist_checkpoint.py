@@ -97,14 +97,21 @@ def write_dist_checkpoint(
     try:
         results = [writer.write_data(plan, planner).wait() for plan in writer.prepare_global_plan(plans)]
     except RuntimeError as error:
-        # torch.save completes its archive even after Ctrl-C or on a full disk, and fails at that in turn.
-        cause: BaseException | None = error
-        while cause is not None and not isinstance(cause, KeyboardInterrupt | OSError):
-            cause = cause.__context__
-        raise cause or error from None
+        raise reason_of(error) from None
     writer.finish(metadata, results)
     torch.save(COMMON, directory / "common.pt")
     (directory / METADATA_NAME).write_text(json.dumps(FORMAT))
+
+
+def reason_of(error: BaseException) -> BaseException:
+    """The Ctrl-C or full disk behind an error of ``torch.save``, or the error itself if there is neither.
+
+    It completes its archive even then, and fails at that in turn.
+    """
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, KeyboardInterrupt | OSError):
+        cause = cause.__context__
+    return cause or error
 
 
 class _StreamingPlanner(DefaultSavePlanner):

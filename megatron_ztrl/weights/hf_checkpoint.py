@@ -184,10 +184,10 @@ class HFCheckpointWriter:
             )
             index = {"metadata": {"total_size": total}, "weight_map": weight_map}
             (self._directory / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n")
-        copy_all_but_weights(source, self._directory)
         config = json.loads((source / "config.json").read_text())
-        config["dtype" if "dtype" in config else "torch_dtype"] = str(self._dtype).removeprefix("torch.")
-        (self._directory / "config.json").write_text(json.dumps(config | config_changes, indent=2) + "\n")
+        dtype_key = "dtype" if "dtype" in config else "torch_dtype"
+        dtype_name = str(self._dtype).removeprefix("torch.")
+        copy_description(source, self._directory, **({dtype_key: dtype_name} | config_changes))
 
     def _end_file(self) -> None:
         if self._file is not None:
@@ -203,6 +203,13 @@ def head_config(architecture: Architecture) -> dict[str, Any]:
         "id2label": {"0": "value"},
         "label2id": {"value": 0},
     }
+
+
+def copy_description(source: Path, target: Path, **config_changes: Any) -> None:
+    """Copies what says which model the weights are of, and how to use it: config.json, changed, and the tokenizer."""
+    copy_all_but_weights(source, target)
+    config = json.loads((source / "config.json").read_text())
+    (target / "config.json").write_text(json.dumps(config | config_changes, indent=2) + "\n")
 
 
 def copy_all_but_weights(source: Path, target: Path) -> None:

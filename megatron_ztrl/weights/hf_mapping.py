@@ -148,27 +148,41 @@ class RankPlace:
     tensor_rank: int
     pipeline_rank: int
     data_rank: int
+    context_rank: int
 
 
 @dataclass(frozen=True, kw_only=True)
 class ParallelLayout:
-    """Megatron's grid of ranks; tensor-parallel ranks are adjacent, then data, then pipeline."""
+    """Megatron's grid of ranks; tensor-parallel ranks are adjacent, then context, data and pipeline."""
 
     tensor_size: int = 1
     pipeline_size: int = 1
     data_size: int = 1
     virtual_size: int = 1
     """Model chunks per pipeline stage (interleaved schedule)."""
+    context_size: int = 1
+    """Ranks that share the tokens of every sequence; their weights are alike."""
 
     @property
     def world_size(self) -> int:
-        return self.tensor_size * self.pipeline_size * self.data_size
+        return self.tensor_size * self.replicas * self.pipeline_size
+
+    @property
+    def replicas(self) -> int:
+        """Ranks with the same weights, over which the optimizer's state is spread."""
+        return self.context_size * self.data_size
 
     def place(self, rank: int) -> RankPlace:
         """The place of a global rank."""
         rest, tensor_rank = divmod(rank, self.tensor_size)
+        rest, context_rank = divmod(rest, self.context_size)
         pipeline_rank, data_rank = divmod(rest, self.data_size)
-        return RankPlace(tensor_rank=tensor_rank, pipeline_rank=pipeline_rank, data_rank=data_rank)
+        return RankPlace(
+            tensor_rank=tensor_rank,
+            pipeline_rank=pipeline_rank,
+            data_rank=data_rank,
+            context_rank=context_rank,
+        )
 
     def first_layer(self, num_layers: int, pipeline_rank: int, chunk: int) -> int:
         """Global index of the first layer in a chunk."""

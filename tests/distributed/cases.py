@@ -26,6 +26,7 @@ class Case:
     pp: int = 1
     vp: int = 1
     dp: int = 1
+    cp: int = 1
     sp: bool = False
     tokens: int = 64
     """Budget of a microbatch; the sequences sum to 240."""
@@ -39,7 +40,7 @@ class Case:
 
     @property
     def world_size(self) -> int:
-        return self.tp * self.pp * self.dp
+        return self.tp * self.pp * self.dp * self.cp
 
     @property
     def role(self) -> Role:
@@ -60,6 +61,7 @@ TWO_RANK_CASES = [
     Case(name="tied-tp2-sp", checkpoint="qwen2-tied", tp=2, sp=True),
     Case(name="tied-pp2", checkpoint="qwen2-tied", pp=2),
     Case(name="tied-dp2", checkpoint="qwen2-tied", dp=2),
+    Case(name="cp2", checkpoint="qwen2", cp=2),
     Case(name="weighted-tp2-sp", checkpoint="qwen2-weighted", tp=2, sp=True),
     Case(name="llama-tied-pp2", checkpoint="llama-tied", pp=2),
     Case(name="qwen3-tied-tp2-sp", checkpoint="qwen3-tied", tp=2, sp=True),
@@ -70,6 +72,8 @@ FOUR_RANK_CASES = [
     Case(name="tp2-sp-dp2", checkpoint="qwen2", tp=2, dp=2, sp=True),
     Case(name="dp4", checkpoint="qwen2", dp=4, like="one-rank"),
     Case(name="llama-tied-pp2-dp2", checkpoint="llama-tied", pp=2, dp=2),
+    Case(name="tp2-sp-cp2", checkpoint="qwen3-tied", tp=2, sp=True, cp=2),
+    Case(name="cp2-pp2-interleaved", checkpoint="qwen2-tied", cp=2, pp=2, vp=2, transformer=INTERLEAVED),
 ]
 TWO_RANK_CRITICS = [
     Case(name="critic", checkpoint="qwen2-critic"),
@@ -77,6 +81,7 @@ TWO_RANK_CRITICS = [
     Case(name="critic-pp2", checkpoint="qwen3-critic", pp=2),
     Case(name="critic-dp2-overlap", checkpoint="qwen3-critic", dp=2, ddp=OVERLAP),
     Case(name="critic-new-tp2", checkpoint="new-critic", tp=2),
+    Case(name="critic-cp2", checkpoint="qwen2-critic", cp=2),
 ]
 FOUR_RANK_CRITICS = [
     Case(name="critic-tp2-sp-pp2-interleaved", checkpoint="qwen2-critic", tp=2, sp=True, pp=2, vp=2,
@@ -109,5 +114,7 @@ EIGHT_RANK_CASES = [
     Case(name="dp8-shuffled", checkpoint="llama", dp=8, order=SHUFFLED, ddp=OVERLAP),
     Case(name="tp2-sp-pp2-interleaved-dp2-recompute", checkpoint="qwen3-deep-tied", tp=2, sp=True, pp=2,
          vp=2, dp=2, transformer=INTERLEAVED | SELECTIVE_RECOMPUTE),
+    Case(name="tp2-sp-cp2-dp2", checkpoint="qwen2", tp=2, sp=True, cp=2, dp=2, ddp=OVERLAP),
+    Case(name="cp4-pp2", checkpoint="llama-tied", cp=4, pp=2, transformer=FULL_RECOMPUTE),
     Case(name="critic-tp2-sp-pp2-dp2", checkpoint="qwen2-critic", tp=2, sp=True, pp=2, dp=2, ddp=OVERLAP),
 ]  # fmt: skip

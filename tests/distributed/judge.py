@@ -49,9 +49,9 @@ def gaps(
 def compares_everything(ranks: list[dict[str, Any]], case: Case) -> bool:
     """Whether every element of the gradients was compared.
 
-    The distributed optimizer leaves each data-parallel rank a part of the sum, an all-reduce the whole.
+    The distributed optimizer leaves each replica a part of the sum, an all-reduce the whole.
     """
-    shards = case.dp if case.ddp.get("use_distributed_optimizer", True) else 1
+    shards = case.dp * case.cp if case.ddp.get("use_distributed_optimizer", True) else 1
     return shards * sum(rank["compared"] for rank in ranks) == sum(rank["elements"] for rank in ranks)
 
 

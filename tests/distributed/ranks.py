@@ -34,6 +34,7 @@ def build(case: Case, rank: int, scratch: Path, root: Path) -> Any:
         pp=case.pp,
         vp=case.vp,
         dp=case.dp,
+        cp=case.cp,
         sp=case.sp,
         dtype=case.dtype,
         transformer=case.transformer,

@@ -26,7 +26,7 @@ from megatron_ztrl.trainer.backend import (  # noqa: E402
     fp8_alignment,
     platform_options,
 )
-from megatron_ztrl.trainer.setup import transformer_config  # noqa: E402
+from megatron_ztrl.trainer.setup import ddp_config, optimizer_config, transformer_config  # noqa: E402
 from megatron_ztrl.weights.hf_mapping import Architecture, Backend  # noqa: E402
 
 ADA, HOPPER, BLACKWELL = (8, 9), (9, 0), (10, 0)
@@ -183,13 +183,6 @@ def test_an_fp8_recipe_passes_through_to_where_it_runs(recipe: str, capability: 
         ("delayed", {}, "te", (8, 0), r"fp8_recipe: delayed needs Ada .*8.9.* this GPU has 8.0"),
         ("blockwise", {}, "te", ADA, r"fp8_recipe: blockwise needs Hopper .*9.0.* this GPU has 8.9"),
         ("mxfp8", {}, "te", HOPPER, r"fp8_recipe: mxfp8 needs Blackwell .*10.0.* this GPU has 9.0"),
-        (
-            "blockwise",
-            {"fp8_param": True},
-            "te",
-            HOPPER,
-            r"fp8_param: weights are loaded and published slice",
-        ),
     ],
 )
 def test_fp8_is_refused_where_it_cannot_run(
@@ -197,6 +190,49 @@ def test_fp8_is_refused_where_it_cannot_run(
 ) -> None:
     with pytest.raises(ValueError, match=r"megatron.transformer." + message):
         check_support(fp8(recipe, **options), backend, capability)
+
+
+@pytest.mark.parametrize(("recipe", "reuses"), [("delayed", False), ("blockwise", False), ("mxfp8", True)])
+def test_weights_in_fp8_are_gathered_and_updated_in_fp8(recipe: str, reuses: bool) -> None:
+    """``reuse_grad_buf_for_mxfp8_param_ag``: mxfp8 weights have no buffer that could be gathered."""
+    wanted = {"fp8": "e4m3", "fp8_recipe": recipe, "fp8_param": True}
+    config = dataclasses.replace(QWEN, transformer=wanted).config()
+    check_support(fp8(recipe, fp8_param=True), "te", BLACKWELL)
+    ddp = ddp_config(config)
+    assert (ddp.fp8_param_gather, ddp.reuse_grad_buf_for_mxfp8_param_ag) == (True, reuses)
+    optimizer = optimizer_config(config, config.actor, ddp)
+    assert (optimizer.fp8_recipe, optimizer.reuse_grad_buf_for_mxfp8_param_ag) == (recipe, reuses)
+
+
+def test_weights_in_bfloat16_leave_optimizer_and_gather_as_they_are() -> None:
+    config = dataclasses.replace(QWEN, transformer={"fp8": "e4m3", "fp8_recipe": "mxfp8"}).config()
+    ddp = ddp_config(config)
+    assert not ddp.fp8_param_gather and not ddp.reuse_grad_buf_for_mxfp8_param_ag
+    assert optimizer_config(config, config.actor, ddp).fp8_recipe is None
+
+
+@pytest.mark.parametrize(
+    ("recipe", "ddp", "message"),
+    [
+        (
+            "blockwise",
+            {"use_distributed_optimizer": False},
+            r"ddp.use_distributed_optimizer: .*fp8_param needs",
+        ),
+        (
+            "mxfp8",
+            {"overlap_param_gather": True},
+            r"ddp.overlap_param_gather: not with fp8_param .*leave it out",
+        ),
+    ],
+)
+def test_a_gather_that_has_no_fp8_is_refused(recipe: str, ddp: dict, message: str) -> None:
+    wanted = {"fp8": "e4m3", "fp8_recipe": recipe, "fp8_param": True}
+    config = dataclasses.replace(QWEN, transformer=wanted).config()
+    overlapped = {"overlap_grad_reduce": True} if ddp.get("overlap_param_gather") else {}
+    megatron = dataclasses.replace(config.megatron, ddp=overlapped | ddp)
+    with pytest.raises(ValueError, match=message):
+        ddp_config(dataclasses.replace(config, megatron=megatron))
 
 
 def test_fp8_wants_bfloat16_weights() -> None:
@@ -226,16 +262,21 @@ def test_without_fp8_only_sequence_parallelism_pads() -> None:
     assert token_multiple(dataclasses.replace(QWEN, tp=2).config().actor, {}) == 2
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"context_parallel_size": 2}, r"context_parallel_size: packed batches are not split"),
-        ({"expert_model_parallel_size": 2, "num_moe_experts": 4}, r"no supported architecture has experts"),
-    ],
-)
-def test_context_and_expert_parallelism_are_refused(options: dict, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
+def test_expert_parallelism_is_refused() -> None:
+    options = {"expert_model_parallel_size": 2, "num_moe_experts": 4}
+    with pytest.raises(ValueError, match=r"no supported architecture has experts"):
         check_support(built(dataclasses.replace(QWEN, transformer=options), "local"), "local", None)
+
+
+def test_shared_sequences_want_bfloat16_in_transformer_engine() -> None:
+    config = QWEN.config()
+    world = dataclasses.replace(config.actor, context_parallel_size=2)
+    chosen = transformer_config(config, world, QWEN.architecture(), "te")
+    assert (chosen.context_parallel_size, chosen.bf16) == (2, True)
+    check_support(chosen, "te", HOPPER)
+    single = dataclasses.replace(config, model=dataclasses.replace(config.model, dtype="float32"))
+    with pytest.raises(ValueError, match=r"context_parallel_size: .* bfloat16 only; set model.dtype"):
+        check_support(transformer_config(single, world, QWEN.architecture(), "te"), "te", HOPPER)
 
 
 def test_the_refusal_comes_before_a_model_is_built(tmp_path: Path) -> None:

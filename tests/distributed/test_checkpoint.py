@@ -48,8 +48,6 @@ def test_every_file_of_a_checkpoint_has_a_record(
 def test_a_failed_write_is_raised_where_training_goes_on(
     checkpoints: list[dict[str, Any]], root: Path
 ) -> None:
-    for ranks in checkpoints:
-        assert (
-            ranks["failed write"]
-            == f"the checkpoint in {root}/failed could not be written: no space left on device"
-        )
+    for rank, results in enumerate(checkpoints):
+        file = root / "failed" / f"__{rank}_0.distcp"
+        assert results["failed write"] == f"{file} could not be written: no space left on device"

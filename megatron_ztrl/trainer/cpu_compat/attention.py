@@ -12,7 +12,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from megatron.core import parallel_state
 from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
@@ -33,11 +35,23 @@ class Block:
     """[N] Where they lie in the flattened [B * L] block; None if there is no padding."""
 
 
+@dataclass(frozen=True)
+class Share:
+    """A context-parallel rank's share of the tokens. See ``ContextPart``."""
+
+    order: Tensor
+    """Where each token of the sequences is in what all ranks have, one after the other."""
+    mine_T: Tensor
+    """Where each of this rank's tokens is in the sequences."""
+
+
 @dataclass
 class BlockedSeqParams(PackedSeqParams):
     """Packed-sequence parameters with the blocks worked out once, for all layers of a forward pass."""
 
     blocks: list[Block] = field(default_factory=list)
+    share: Share | None = None
+    """None where this rank has all tokens."""
 
 
 def plan_blocks(cu_seqlens: Sequence[int], device: torch.device) -> list[Block]:
@@ -117,12 +131,22 @@ class _FromBlocks(torch.autograd.Function):
         return None, None, *(_fill(block, grad_T[block.tokens]) for block in ctx.blocks)
 
 
+def _gathered(x_T: Tensor, share: Share) -> Tensor:
+    """All context-parallel ranks' tokens in the order of the sequences; sums their gradients in backward."""
+    x = gather_from_sequence_parallel_region(x_T, group=parallel_state.get_context_parallel_group())
+    return x.index_select(0, share.order)
+
+
 class PackedSDPAttention(MegatronModule):
-    """``core_attention`` with ``scaled_dot_product_attention``, block by block; no dropout."""
+    """``core_attention`` with ``scaled_dot_product_attention``, block by block; no dropout.
+
+    Under context parallelism every rank gathers all keys and values, and computes more rows than the ones it keeps:
+    right, and slow. Transformer Engine has attention that is fast then.
+    """
 
     def __init__(self, config: TransformerConfig, *, softmax_scale: float | None = None, **_: Any) -> None:
         super().__init__(config=config)
-        assert config.context_parallel_size == 1 and config.attention_dropout == 0.0
+        assert config.attention_dropout == 0.0
         self.softmax_scale = softmax_scale
 
     def forward(
@@ -144,9 +168,13 @@ class PackedSDPAttention(MegatronModule):
         Returns:
             [T, A, D]
         """
-        blocks = packed_seq_params.blocks
+        blocks, share = packed_seq_params.blocks, packed_seq_params.share
+        if share is not None:
+            query = query.new_zeros(len(share.order), *query.shape[1:]).index_copy(0, share.mine_T, query)
+            key, value = _gathered(key, share), _gathered(value, share)
         inputs = zip(blocks, *(_ToBlocks.apply(x, blocks) for x in (query, key, value)), strict=True)
-        return _FromBlocks.apply(query.shape[0], blocks, *(self._attend(*part) for part in inputs))
+        out = _FromBlocks.apply(query.shape[0], blocks, *(self._attend(*part) for part in inputs))
+        return out if share is None else out.index_select(0, share.mine_T)
 
     def _attend(self, block: Block, *inputs: Tensor) -> Tensor:
         # Padding lies behind the real tokens, where causal attention never looks.

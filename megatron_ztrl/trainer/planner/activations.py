@@ -74,7 +74,7 @@ class _Shape:
             s=t if world.sequence_parallel else 1,
             b=2 if config.model.dtype == "bfloat16" else FLOAT32_BYTES,
             backend=backend,
-            tokens=world.max_tokens_per_microbatch,
+            tokens=-(-world.max_tokens_per_microbatch // world.context_parallel_size),
         )
 
     def norm_bytes(self) -> float:

@@ -85,6 +85,7 @@ def _worlds(config: Config, subject: Subject, gpus: int) -> Iterator[Config]:
                 "pipeline_parallel_size": pipeline_size,
                 "virtual_pipeline_size": 1,
                 "data_parallel_size": data_size,
+                "context_parallel_size": 1,
                 "sequence_parallel": tensor_size > 1,
             }
             actor, critic = replace(config.actor, **layout), replace(config.critic, **layout)
@@ -118,7 +119,7 @@ def _counted_states(
             parameters=count,
             weight_bytes=weight * count,
             gradient_bytes=MAIN_GRADIENT_BYTES * count if trained else 0,
-            optimizer_bytes_by_data_rank=(-(-state * count // layout.data_size) if trained else 0,),
+            optimizer_bytes_by_data_rank=(-(-state * count // layout.replicas) if trained else 0,),
         )
         for count in counts
     ]
@@ -135,9 +136,10 @@ def _even_publish(config: Config, architecture: Architecture) -> PublishBytes:
     """Like ``publish_bytes``, if all ranks sent alike."""
     size = config.engine.tensor_parallel_size
     received = engine_parameters(architecture, size) * DTYPE_BYTES[config.model.dtype]
-    total = received * size * config.engine.count
+    layout = parallel_layout(config.actor)
+    fed = min(config.engine.count, layout.replicas)  # the others get it from their neighbour
     return PublishBytes(
-        total_bytes=total,
-        largest_sent_bytes=total // parallel_layout(config.actor).world_size,
+        total_bytes=received * size * config.engine.count,
+        largest_sent_bytes=received * size * fed // layout.world_size,
         largest_received_bytes=received,
     )

@@ -143,6 +143,8 @@ def describe(world: WorldConfig) -> str:
     parts = [f"TP {world.tensor_parallel_size}", f"PP {world.pipeline_parallel_size}"]
     if world.virtual_pipeline_size > 1:
         parts.append(f"VP {world.virtual_pipeline_size}")
+    if world.context_parallel_size > 1:
+        parts.append(f"CP {world.context_parallel_size}")
     return " ".join([*parts, f"DP {world.data_parallel_size}"])
 
 

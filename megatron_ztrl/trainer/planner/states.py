@@ -84,7 +84,7 @@ def _build_stage(
     # FP8 is a matter of how layers compute; the layers here never do, and their local form has the same weights.
     options = {k: v for k, v in config.megatron.transformer.items() if not k.startswith("fp8")}
     config = replace(config, megatron=replace(config.megatron, transformer=options))
-    with _fake_world(layout, rank=stage * layout.tensor_size * layout.data_size), _OnMeta():
+    with _fake_world(layout, rank=stage * layout.tensor_size * layout.replicas), _OnMeta():
         transformer = setup.transformer_config(config, world, architecture, "local")
         chunks = build_chunks(transformer, architecture, "local", world.max_tokens_per_microbatch)
         parameters = [parameter for chunk in chunks for parameter in chunk.parameters()]
@@ -98,7 +98,7 @@ def _build_stage(
                 parameters=count,
                 weight_bytes=weight_bytes,
                 gradient_bytes=0,
-                optimizer_bytes_by_data_rank=(0,) * layout.data_size,
+                optimizer_bytes_by_data_rank=(0,) * layout.replicas,
             )
         ddp = setup.ddp_config(config)
         models = wrap_chunks(chunks, transformer, ddp)
@@ -107,11 +107,11 @@ def _build_stage(
         if ddp.use_distributed_optimizer:
             weight_bytes = sum(b.param_data.numel() * b.param_data.element_size() for b in buffers)
             shares = [
-                sum(_shard_elements(b, rank, layout.data_size) for b in buffers)
-                for rank in range(layout.data_size)
+                sum(_shard_elements(b, rank, layout.replicas) for b in buffers)
+                for rank in range(layout.replicas)
             ]
         else:
-            shares = [count] * layout.data_size
+            shares = [count] * layout.replicas
         return StageStates(
             parameters=count,
             weight_bytes=weight_bytes,
@@ -142,6 +142,7 @@ def _fake_world(layout: ParallelLayout, rank: int) -> Iterator[None]:
             layout.tensor_size,
             layout.pipeline_size,
             virtual_pipeline_model_parallel_size=layout.virtual_size if layout.virtual_size > 1 else None,
+            context_parallel_size=layout.context_size,
             create_gloo_process_groups=False,
         )
         tensor_parallel.model_parallel_cuda_manual_seed(0, force_reset_rng=True)

@@ -173,11 +173,11 @@ def _training(config: Config, architecture: Architecture, workload: Workload, ha
     tensor = _tensor_parallel_seconds(
         config, architecture, workload, hardware, exchanges=14 if recomputes else 10
     )
-    in_node = layout.tensor_size * layout.data_size <= hardware.gpus_per_node
+    in_node = layout.tensor_size * layout.replicas <= hardware.gpus_per_node
     network = hardware.nvlink_bandwidth if in_node else hardware.nic_bandwidth
     held = matmul_parameters(architecture) / (layout.tensor_size * layout.pipeline_size)
     moved = held * (MAIN_GRADIENT_BYTES + DTYPE_BYTES[config.model.dtype])
-    moved *= (layout.data_size - 1) / layout.data_size * workload.minibatches
+    moved *= (layout.replicas - 1) / layout.replicas * workload.minibatches
     data = moved / (network * hardware.network_share)
     return Line(
         name="training",
@@ -234,7 +234,7 @@ def _tensor_parallel_seconds(
     layout = parallel_layout(config.actor)
     if layout.tensor_size == 1:
         return 0.0
-    tokens = workload.tokens / layout.data_size
+    tokens = workload.tokens / layout.replicas
     row = architecture.hidden_size * DTYPE_BYTES[config.model.dtype]
     layers = architecture.num_layers / layout.pipeline_size
     moved = exchanges * layers * tokens * row * (layout.tensor_size - 1) / layout.tensor_size
