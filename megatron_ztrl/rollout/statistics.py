@@ -16,8 +16,12 @@ def rollout_statistics(rollouts: Sequence[Rollout]) -> dict[str, float]:
     blocks that nobody runs.
     """
     scored = [rollout for rollout in rollouts if rollout.trainable]
+    failures = {
+        "infrastructure_failures": fmean(r.stop_reason is StopReason.INFRASTRUCTURE for r in rollouts),
+        "missed_deadlines": fmean(r.stop_reason is StopReason.DEADLINE for r in rollouts),
+    }
     if not scored:
-        return {"infrastructure_failures": 1.0}
+        return failures
 
     def mean(value: Callable[[Rollout], float]) -> float:
         return fmean(value(rollout) for rollout in scored)
@@ -33,8 +37,7 @@ def rollout_statistics(rollouts: Sequence[Rollout]) -> dict[str, float]:
         ),
         "response_tokens": mean(lambda r: len(r.token_ids)),
         "truncated": mean(lambda r: r.stop_reason is StopReason.LENGTH),
-        "infrastructure_failures": 1.0 - len(scored) / len(rollouts),
-    }
+    } | failures
 
 
 def model_tokens(rollouts: Sequence[Rollout]) -> int:

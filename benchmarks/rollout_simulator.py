@@ -1,0 +1,505 @@
+"""Throughput of the real scheduler and rollout code at the scale of a 32B run, on simulated engines and executors.
+
+Real: `RolloutScheduler`, `GroupRunner`, `EngineFleet`, `run_rollout`, `PythonTool`, the engine client with its
+JSON, the pausing and resuming of engines, the tokenizer. Simulated, on a clock that jumps from event to event:
+SGLang servers, Python programs, the trainer, the transfer of weights. Nothing is random but by seed, and every
+design rolls out the same responses.
+
+How long things take comes from `ztrl plan`'s stated numbers of an H100 and Qwen2.5-32B in bfloat16: 32 engines of
+TP 4 with 64 running requests each, and a trainer of TP 8 x PP 4 x DP 2. A decode step reads the weights once and the
+keys and values of every sequence; prefill stops the batch for as long as its FLOPs take; a publish pauses all
+engines for its transfer, and what they had cached is computed anew. Other numbers in flight keep 64 to an engine, and
+a trainer in proportion.
+
+Designs, all on the same machines:
+
+* *interrupted, S*: this project. A publish interrupts decoding; groups of S + 1 steps are in flight.
+* *drained, S*: the same without interruption. A publish waits until the running requests are complete.
+* *barrier*: S = 0. Generate a batch, train on it, publish, and so on.
+* *barrier, shared GPUs*: the same, but trainer and engines take turns on all GPUs, and changing over costs nothing.
+
+The bound is the slower of two: engines whose batches are always full and that never compute a prefix twice, and a
+trainer that never waits. Publishing is free in it. It is computed from the rollouts that the design trained on.
+
+    python benchmarks/rollout_simulator.py [--rollouts-in-flight 10000 --designs interrupted] [--json FILE]
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import itertools
+import json
+import random
+import resource
+import sys
+import zlib
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from statistics import fmean
+from typing import Literal
+
+from _simulated_engine import EngineTiming, SimulatedClient, SimulatedEngine
+from _simulated_policy import SimulatedExecutors, SimulatedPolicy, Workload
+from _simulated_time import CpuMeter, run_virtually
+from rich.console import Console
+from rich.table import Table
+
+from megatron_ztrl.config.schema import ToolConfig
+from megatron_ztrl.engines import interruption
+from megatron_ztrl.envs.prompt_templates import get_template
+from megatron_ztrl.rollout.fleet import EngineFleet
+from megatron_ztrl.rollout.group import GroupRunner
+from megatron_ztrl.rollout.scheduler import RolloutScheduler, TakenGroups
+from megatron_ztrl.rollout.trajectory import Sampling, Tokenizer
+from megatron_ztrl.types import Prompt, RolloutGroup
+
+TOKENIZER = Path(__file__).parents[1] / "examples" / "quickstart" / "base"
+MODEL = "qwen2.5-32b"
+ENGINE_GPUS, RUNNING_REQUESTS, GROUP_SIZE = 4, 64, 16
+ENGINES, TRAINER_GPUS = 32, 64
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scenario:
+    """The machines and the work."""
+
+    workload: Workload
+    timing: EngineTiming
+    engines: int
+    executor_workers: int
+    groups_per_step: int
+    group_size: int
+    trainer_token_seconds: float
+    """Of the whole trainer, log-probs included; prompt and tool tokens count."""
+    publish_seconds: float
+    refused_share: float = 0.0
+    """Of groups, by the filter."""
+    steps: int
+    """That are measured, after as many as it takes to fill the pipeline."""
+
+    def trainer_seconds(self, groups: Sequence[RolloutGroup]) -> float:
+        """Log-probs and training of one step."""
+        tokens = sum(len(r.prompt_ids) + len(r.token_ids) for group in groups for r in group.rollouts)
+        return tokens * self.trainer_token_seconds
+
+
+@dataclass(frozen=True, kw_only=True)
+class Design:
+    """How generation and training take turns."""
+
+    name: str
+    max_staleness: int
+    interruption: Literal["retract", "abort", "drain"]
+
+
+@dataclass(kw_only=True)
+class Figures:
+    """What was measured, over the measured steps."""
+
+    step_seconds: float
+    rollouts_per_second: float
+    sampled_tokens_per_second: float
+    trainer_busy: float
+    mean_batch: float
+    """Sequences that decode at once, per engine."""
+    recomputed: float
+    """Tokens whose keys and values were computed more than once, per sampled token."""
+    worst_staleness: int
+    bound_generation_seconds: float
+    """Of one step, as is the next."""
+    bound_training_seconds: float
+    mean_in_flight: float
+    peak_in_flight: int
+    driver_cpu: float
+    """Share of one core per 1,000 rollouts in flight."""
+    peak_context_tokens: int
+    """Of one engine."""
+    peak_memory_bytes: int
+    groups: list[int]
+    """That were trained, in order."""
+
+    @property
+    def of_the_bound(self) -> float:
+        return max(self.bound_generation_seconds, self.bound_training_seconds) / self.step_seconds
+
+
+OnStep = Callable[[int, TakenGroups], None]
+"""Is given the version that a step begins with, and its groups."""
+
+
+def simulate(
+    scenario: Scenario, design: Design, tokenizer: Tokenizer, on_step: OnStep = lambda version, taken: None
+) -> Figures:
+    """Runs one design on a virtual clock."""
+    return run_virtually(_Run(scenario, design, tokenizer).measure(on_step))
+
+
+class _Run:
+    """One design in its world. Made outside of the loop that runs it."""
+
+    def __init__(self, scenario: Scenario, design: Design, tokenizer: Tokenizer) -> None:
+        self._scenario = scenario
+        self._design = design
+        self._tokenizer = tokenizer
+        self._policy = SimulatedPolicy(scenario.workload, tokenizer)
+        self._meter = CpuMeter()
+        self._in_flight: list[int] = []
+        self._trainer_seconds = 0.0
+
+    async def measure(self, on_step: OnStep) -> Figures:
+        """The training loop, as in ``megatron_ztrl.loop``."""
+        scenario, design, loop = self._scenario, self._design, asyncio.get_running_loop()
+        async with contextlib.AsyncExitStack() as stack:
+            scheduler, watch = await self._start(stack)
+            trained: list[RolloutGroup] = []
+            worst_staleness = 0
+            warm_up = design.max_staleness + 1
+            for version in range(warm_up + scenario.steps):
+                if version == warm_up:
+                    began = loop.time(), self._meter.driver_seconds, self._trainer_seconds, self._totals()
+                    self._in_flight.clear()
+                taken = await scheduler.take(scenario.groups_per_step)
+                seconds = scenario.trainer_seconds(taken.groups)
+                self._trainer_seconds += seconds
+                await asyncio.sleep(seconds)
+                await self._publish(version + 1)
+                scheduler.release(len(taken.groups))
+                with self._meter.simulation():
+                    on_step(version, taken)
+                    oldest = min(r.oldest_version for group in taken.groups for r in group.rollouts)
+                    worst_staleness = max(worst_staleness, version - oldest)
+                    if version >= warm_up:
+                        trained += taken.groups
+            figures = self._figures(trained, worst_staleness, *began)
+            watch.cancel()
+            await scheduler.stop()
+        return figures
+
+    async def _start(self, stack: contextlib.AsyncExitStack) -> tuple[RolloutScheduler, asyncio.Task[None]]:
+        scenario, policy = self._scenario, self._policy
+        self._engines = [
+            SimulatedEngine(scenario.timing, policy, self._meter) for _ in range(scenario.engines)
+        ]
+        self._clients = [await stack.enter_async_context(SimulatedClient(engine)) for engine in self._engines]
+        fleet = EngineFleet(self._clients, max_concurrent_per_engine=scenario.timing.max_running_requests)
+        runner = GroupRunner(
+            fleet=fleet,
+            tokenizer=self._tokenizer,
+            execute=SimulatedExecutors(scenario.workload, scenario.executor_workers, self._meter).execute,
+            score=_score,
+            template=get_template("orz_tir"),
+            tool=ToolConfig(run_timeout_seconds=scenario.workload.tool_timeout_seconds),
+            sampling=Sampling(
+                temperature=1.0, top_p=1.0, max_response_tokens=scenario.workload.max_response_tokens
+            ),
+        )
+
+        async def run_group(group_id: int, prompt: Prompt) -> RolloutGroup:
+            group = await runner.run(
+                group_id,
+                prompt,
+                group_size=scenario.group_size,
+                env_iterations=scenario.workload.max_calls,
+            )
+            for rollout in group.rollouts:
+                policy.forget(rollout.rollout_id)
+            return group
+
+        numbers = itertools.count()
+        scheduler = RolloutScheduler(
+            lambda: _prompt(next(numbers), policy.prompt_text),
+            run_group,
+            self._keeps,
+            groups_per_step=scenario.groups_per_step,
+            max_staleness=self._design.max_staleness,
+        )
+        scheduler.start()
+        return scheduler, asyncio.create_task(self._watch(fleet))
+
+    async def _watch(self, fleet: EngineFleet) -> None:
+        """Counts the rollouts in flight once a second."""
+        while True:
+            with self._meter.simulation():
+                self._in_flight.append(sum(fleet.load(client) for client in self._clients))
+            await asyncio.sleep(1.0)
+
+    async def _publish(self, version: int) -> None:
+        how = self._design.interruption
+        if how == "drain":
+            await asyncio.gather(*(engine.drain() for engine in self._engines))
+        strategy: interruption.Strategy = "retract" if how == "drain" else how
+        await interruption.pause(self._clients, strategy)
+        await asyncio.sleep(self._scenario.publish_seconds)
+        for engine in self._engines:
+            engine.version = version
+        await interruption.resume(self._clients, strategy)
+
+    def _keeps(self, group: RolloutGroup) -> bool:
+        seed = f"{self._scenario.workload.seed}/{group.group_id}"
+        return random.Random(seed).random() >= self._scenario.refused_share
+
+    def _totals(self) -> tuple[int, float, int]:
+        """Of all engines: tokens sampled, seconds of all sequences, tokens prefilled."""
+        totals = [engine.totals for engine in self._engines]
+        return (
+            sum(each.sampled_tokens for each in totals),
+            sum(each.sequence_seconds for each in totals),
+            sum(each.prefilled_tokens for each in totals),
+        )
+
+    def _figures(
+        self,
+        trained: list[RolloutGroup],
+        worst_staleness: int,
+        began: float,
+        driver_began: float,
+        trainer_began: float,
+        totals_began: tuple[int, float, int],
+    ) -> Figures:
+        scenario = self._scenario
+        seconds = asyncio.get_running_loop().time() - began
+        driver_seconds = self._meter.driver_seconds - driver_began
+        sampled, sequence_seconds, prefilled = (
+            now - then for now, then in zip(self._totals(), totals_began, strict=True)
+        )
+        rollouts = [rollout for group in trained for rollout in group.rollouts]
+        needed = sum(_needed_prefill(group) for group in trained) / sum(sum(r.loss_mask) for r in rollouts)
+        mean_in_flight = fmean(self._in_flight)
+        return Figures(
+            step_seconds=seconds / scenario.steps,
+            rollouts_per_second=len(rollouts) / seconds,
+            sampled_tokens_per_second=sampled / seconds,
+            trainer_busy=(self._trainer_seconds - trainer_began) / seconds,
+            mean_batch=sequence_seconds / seconds / scenario.engines,
+            recomputed=prefilled / sampled - needed,
+            worst_staleness=worst_staleness,
+            bound_generation_seconds=generation_bound_seconds(scenario, trained) / scenario.steps,
+            bound_training_seconds=scenario.trainer_seconds(trained) / scenario.steps,
+            mean_in_flight=mean_in_flight,
+            peak_in_flight=max(self._in_flight),
+            driver_cpu=driver_seconds / seconds / mean_in_flight * 1000,
+            peak_context_tokens=max(engine.totals.peak_context_tokens for engine in self._engines),
+            peak_memory_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+            groups=[group.group_id for group in trained],
+        )
+
+
+def generation_bound_seconds(scenario: Scenario, groups: Sequence[RolloutGroup]) -> float:
+    """The least time for these groups, and those refused beside them: full batches, no prefix computed twice."""
+    timing = scenario.timing
+    sampled = context = 0
+    for rollout in (rollout for group in groups for rollout in group.rollouts):
+        for turn in rollout.turns:
+            tokens = turn.tool_start - turn.start
+            sampled += tokens
+            context += tokens * (2 * len(rollout.prompt_ids) + turn.start + turn.tool_start) // 2
+    batch = timing.max_running_requests
+    decode_seconds = sampled / batch * timing.decode_step_seconds(batch, batch * context / sampled)
+    prefill_seconds = sum(_needed_prefill(group) for group in groups) * timing.prefill_token_seconds
+    return (decode_seconds + prefill_seconds) / scenario.engines / (1 - scenario.refused_share)
+
+
+def _needed_prefill(group: RolloutGroup) -> int:
+    """Tokens that some engine has to read: the prompt once, and the tool replies that are followed by something."""
+    replies = sum(turn.end - turn.tool_start for rollout in group.rollouts for turn in rollout.turns)
+    return len(group.rollouts[0].prompt_ids) + replies
+
+
+def _prompt(number: int, text: str) -> Prompt:
+    return Prompt(prompt_id=str(number), problem="", text=text, ground_truth="", data_source="simulated")
+
+
+async def _score(text: str, ground_truth: str) -> float:
+    """Verification runs in processes of its own; only that it happens matters here."""
+    return float(zlib.crc32(text.encode()) & 1)
+
+
+def planned_scenario(*, rollouts_in_flight: int, steps: int, seed: int, refused_share: float) -> Scenario:
+    """A 32B run on H100s, timed with the planner's numbers."""
+    from megatron_ztrl.config import schema
+    from megatron_ztrl.trainer.planner.engine import PublishBytes, engine_memory
+    from megatron_ztrl.trainer.planner.hardware import Hardware
+    from megatron_ztrl.trainer.planner.models import PRESETS
+    from megatron_ztrl.trainer.planner.step_time import Workload as PlannedWorkload
+    from megatron_ztrl.trainer.planner.step_time import matmul_parameters, step_times
+    from megatron_ztrl.weights.hf_mapping import Architecture
+
+    workload = Workload(seed=seed)
+    config = schema.Config(
+        run=schema.RunConfig(directory="."),
+        model=schema.ModelConfig(path=MODEL),
+        data=schema.DataConfig(train=schema.DatasetConfig(name="simulated", path="simulated")),
+        train=schema.TrainConfig(num_steps=1),
+        rollout=schema.RolloutConfig(
+            groups_per_step=ENGINES * RUNNING_REQUESTS // GROUP_SIZE,
+            group_size=GROUP_SIZE,
+            max_response_tokens=workload.max_response_tokens,
+        ),
+        actor=schema.ActorConfig(
+            tensor_parallel_size=8,
+            pipeline_parallel_size=4,
+            data_parallel_size=TRAINER_GPUS // 32,
+            sequence_parallel=True,
+            max_tokens_per_microbatch=workload.max_response_tokens + workload.prompt_tokens,
+        ),
+        engine=schema.EngineConfig(
+            count=ENGINES, tensor_parallel_size=ENGINE_GPUS, max_running_requests=RUNNING_REQUESTS
+        ),
+    )
+    hardware, architecture = Hardware(), Architecture.from_hf_config(PRESETS[MODEL])
+    memory = engine_memory(config, architecture, hardware)
+    received = memory.weight_bytes
+    publish = PublishBytes(
+        total_bytes=received * ENGINES * ENGINE_GPUS,
+        largest_sent_bytes=received * ENGINES * ENGINE_GPUS // TRAINER_GPUS,
+        largest_received_bytes=received,
+    )
+    planned = PlannedWorkload.of(
+        config, prompt_tokens=workload.prompt_tokens, response_tokens=workload.median_response_tokens * 1.5
+    )
+    _, logprobs, training, transfer = step_times(config, architecture, planned, memory, publish, hardware)
+    bandwidth = hardware.memory_bandwidth * hardware.decode_bandwidth_share
+    all_reduces = 2 * architecture.num_layers * hardware.all_reduce_seconds
+    flops = ENGINE_GPUS * hardware.flops * hardware.forward_flops_share
+    engines = max(1, round(rollouts_in_flight / RUNNING_REQUESTS))
+    return Scenario(
+        workload=workload,
+        timing=EngineTiming(
+            step_seconds=memory.weight_bytes / bandwidth + hardware.decode_overhead_seconds + all_reduces,
+            sequence_seconds=0.0,  # computing is faster than reading up to some 200 sequences
+            context_token_seconds=memory.kv_bytes_per_token / bandwidth,
+            prefill_token_seconds=2 * matmul_parameters(architecture) / flops,
+            max_running_requests=RUNNING_REQUESTS,
+        ),
+        engines=engines,
+        executor_workers=8 * engines,
+        groups_per_step=max(1, engines * RUNNING_REQUESTS // GROUP_SIZE),
+        group_size=GROUP_SIZE,
+        trainer_token_seconds=(logprobs.amount + training.amount) / planned.tokens * ENGINES / engines,
+        publish_seconds=transfer.amount,
+        refused_share=refused_share,
+        steps=steps,
+    )
+
+
+def shared_gpus(scenario: Scenario) -> Scenario:
+    """The same GPUs, all of them for generation and for training in turn."""
+    engine_gpus = scenario.engines * ENGINE_GPUS
+    trainer_gpus = TRAINER_GPUS * scenario.engines / ENGINES
+    share = trainer_gpus / (trainer_gpus + engine_gpus)
+    return replace(
+        scenario,
+        engines=round(scenario.engines / (1 - share)),
+        trainer_token_seconds=scenario.trainer_token_seconds * share,
+    )
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--rollouts-in-flight", type=int, default=ENGINES * RUNNING_REQUESTS)
+    parser.add_argument("--staleness", type=int, nargs="+", default=[4], help="S, several for a sweep")
+    parser.add_argument(
+        "--designs",
+        nargs="+",
+        choices=["interrupted", "drained", "barrier", "shared"],
+        default=["interrupted", "drained", "barrier", "shared"],
+    )
+    parser.add_argument("--steps", type=int, default=6, help="measured, after S + 1 that are not")
+    parser.add_argument("--refused-share", type=float, default=0.0, help="of groups, by the filter")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--json", type=Path, help="write the figures here")
+    options = parser.parse_args()
+    from megatron_ztrl.data.tokenizer import PolicyTokenizer
+
+    scenario = planned_scenario(
+        rollouts_in_flight=options.rollouts_in_flight,
+        steps=options.steps,
+        seed=options.seed,
+        refused_share=options.refused_share,
+    )
+    tokenizer = PolicyTokenizer(TOKENIZER)
+    figures: dict[str, Figures] = {}
+    for design in _designs(options.designs, options.staleness):
+        world = shared_gpus(scenario) if design.name.endswith("shared GPUs") else scenario
+        figures[design.name] = simulate(world, design, tokenizer)
+        print(f"{design.name}: {figures[design.name].rollouts_per_second:.2f} rollouts/s", file=sys.stderr)
+    print_report(scenario, figures)
+    if options.json:
+        rows = {name: asdict(each) | {"of_the_bound": each.of_the_bound} for name, each in figures.items()}
+        report = {"scenario": asdict(scenario), "designs": rows}
+        options.json.write_text(json.dumps(report, indent=2) + "\n")
+    return 0
+
+
+def _designs(names: Sequence[str], staleness: Sequence[int]) -> list[Design]:
+    found = []
+    if "interrupted" in names:
+        found += [
+            Design(name=f"interrupted, S = {s}", max_staleness=s, interruption="retract") for s in staleness
+        ]
+    if "drained" in names:
+        found += [Design(name=f"drained, S = {s}", max_staleness=s, interruption="drain") for s in staleness]
+    if "barrier" in names:
+        found.append(Design(name="barrier", max_staleness=0, interruption="retract"))
+    if "shared" in names:
+        found.append(Design(name="barrier, shared GPUs", max_staleness=0, interruption="retract"))
+    return found
+
+
+def print_report(scenario: Scenario, figures: dict[str, Figures]) -> None:
+    """A table, one row for each design."""
+    timing, console = scenario.timing, Console()
+    batch = timing.max_running_requests
+    console.print(
+        f"{scenario.engines} engines: a decode step of {batch} sequences with 3,000 tokens each takes"
+        f" {timing.decode_step_seconds(batch, batch * 3000) * 1e3:.1f} ms, prefill"
+        f" {1 / timing.prefill_token_seconds:,.0f} tokens/s; publish {scenario.publish_seconds:.1f} s;"
+        f" {scenario.groups_per_step} groups of {scenario.group_size} per step"
+    )
+    table = Table(
+        "design",
+        "step s",
+        "rollouts/s",
+        "tokens/s",
+        "x barrier",
+        "of bound",
+        "trainer busy",
+        "batch",
+        "KV again",
+        "worst S",
+        "in flight",
+        "CPU/1,000",
+        "memory",
+    )
+    barrier = figures.get("barrier")
+    for name, each in figures.items():
+        table.add_row(
+            name,
+            f"{each.step_seconds:.1f}",
+            f"{each.rollouts_per_second:.2f}",
+            f"{each.sampled_tokens_per_second:,.0f}",
+            f"{each.rollouts_per_second / barrier.rollouts_per_second:.2f}" if barrier else "",
+            f"{each.of_the_bound:.3f}",
+            f"{each.trainer_busy:.0%}",
+            f"{each.mean_batch:.1f}",
+            f"{each.recomputed:.2f}",
+            f"{each.worst_staleness}",
+            f"{each.mean_in_flight:,.0f} / {each.peak_in_flight:,}",
+            f"{each.driver_cpu:.1%}",
+            f"{each.peak_memory_bytes / 1e9:.1f} GB",
+        )
+    console.print(table)
+    for name, each in figures.items():
+        console.print(
+            f"{name}: bound {each.bound_generation_seconds:.1f} s generation, {each.bound_training_seconds:.1f} s"
+            f" training per step; an engine held at most {each.peak_context_tokens:,} tokens"
+        )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
