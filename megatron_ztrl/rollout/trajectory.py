@@ -154,6 +154,8 @@ class _Run:
     environment: Environment
     sampling: Sampling
     recorder: Recorder
+    turn_text: str = ""
+    """Of the tokens since the last reply, cut at the stop."""
 
     async def generate(self) -> None:
         """Generates up to the next stop; a call that was interrupted is resumed at its last token."""
@@ -195,8 +197,7 @@ class _Run:
         rollout = self.rollout
         turn_start, reply_start = _turn_start(rollout), len(rollout.token_ids)
         started = time.monotonic()
-        turn_text = self.tokenizer.decode(rollout.token_ids[turn_start:])
-        reaction = await self.environment.react(turn_text, ended=rollout.ended)
+        reaction = await self.environment.react(self.turn_text, ended=rollout.ended)
         if reaction.result is not None:
             rollout.tool_seconds += time.monotonic() - started
             rollout.ended = False
@@ -230,19 +231,22 @@ class _Run:
         """Drops the tokens of the turn after the one that completes a stop, exactly. Returns whether there is one."""
         turn_start = _turn_start(self.rollout)
         turn_ids = self.rollout.token_ids[turn_start:]
-        turn_text = self.tokenizer.decode(turn_ids)
-        keep_characters = self.environment.find_stop(turn_text)
+        self.turn_text = self.tokenizer.decode(turn_ids)
+        keep_characters = self.environment.find_stop(self.turn_text)
         if keep_characters is None:
             return False
-        keep_text = turn_text[:keep_characters]
-        low, high = 1, len(turn_ids)  # the fewest tokens that spell it
-        while low < high:
-            middle = (low + high) // 2
-            if self.tokenizer.decode(turn_ids[:middle]).startswith(keep_text):
-                high = middle
+        keep_text = self.turn_text[:keep_characters]
+        # The fewest tokens that spell it: more than `low`, at most `high`. The engine stops soon after a stop, so the
+        # search begins at the end, in steps that grow.
+        low, high, step = 0, len(turn_ids), 1
+        while high - low > 1:
+            middle = max((low + high) // 2, high - step)
+            text = self.tokenizer.decode(turn_ids[:middle])
+            if text.startswith(keep_text):
+                self.turn_text, high, step = text, middle, 2 * step
             else:
-                low = middle + 1
-        cut_tokens(self.rollout, turn_start + low)
+                low = middle
+        cut_tokens(self.rollout, turn_start + high)
         return True
 
 
