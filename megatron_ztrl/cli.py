@@ -26,6 +26,7 @@ examples:
   ztrl eval config.yaml model.path=runs/demo/policy
   ztrl plan config.yaml --model qwen2.5-32b --gpus 64 --png plan.png
   ztrl report runs/demo --control runs/demo-no-tool
+  ztrl engines runs/demo --count 3
   ztrl doctor
 """
 
@@ -70,6 +71,19 @@ def _plan(options: argparse.Namespace) -> int:
     from megatron_ztrl.trainer.planner.command import Options, run_plan
 
     run_plan(config, Options(**{f.name: getattr(options, f.name) for f in dataclasses.fields(Options)}))
+    return 0
+
+
+def _engines(options: argparse.Namespace) -> int:
+    from megatron_ztrl.runtime.processes import read_processes
+    from megatron_ztrl.runtime.scaling import request_engines
+
+    if options.count is not None:
+        request_engines(options.run_directory, options.count)
+        print(f"asked for {options.count} engines; the run says when they serve")
+        return 0
+    for name, row in read_processes(options.run_directory)["servers"].items():
+        print(f"{name:12} {row['state']:18} pid {row['pid']:<8} {row['url']:28} restarts {row['restarts']}")
     return 0
 
 
@@ -142,6 +156,9 @@ def _parser() -> _Parser:
         metavar="RUN_DIR",
         help="the same run without the tool (rollout.env_iterations=0)",
     )
+    engines = add("engines", _engines, "Show the servers of a run that is going on, or change its engines.")
+    engines.add_argument("run_directory", type=Path, metavar="RUN_DIR", help="run.directory of the run")
+    engines.add_argument("--count", type=int, help="make it so many engines; rollouts lose no token")
     doctor = add("doctor", _doctor, "Show what this machine can run, what is missing, and how to get it.")
     doctor.add_argument("--json", action="store_true", help="print JSON instead of a table")
     return parser

@@ -53,7 +53,7 @@ async def train(session: TrainingSession) -> bool:
             ]
         version += 1
         with clock.phase("evaluation"):
-            await evaluations.wait_before_publish(version)
+            await system.while_engines_serve(evaluations.wait_before_publish(version))
         with clock.phase("publish"):
             await system.publish(version)
         session.release(taken)  # only now: this is what bounds the staleness

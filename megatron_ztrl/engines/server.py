@@ -150,6 +150,12 @@ class EngineServer:
         while self._reservations:
             self._reservations.pop().close()
 
+    def wait(self) -> str:
+        """Block until the process has ended, of itself or by ``stop``. Returns how, with the end of its log."""
+        process = self._process
+        assert process is not None, "start() first"
+        return f"engine {self.url} ended with code {process.wait()}\n{self.log_tail()}"
+
     def stop(self) -> None:
         """End the server and everything it started; nothing is left when this returns. Safe to call twice."""
         if self._process is None:
@@ -170,9 +176,7 @@ class EngineServer:
 
     def log_tail(self) -> str:
         """The last lines of the log."""
-        text = self._log_path.read_text(errors="replace")
-        lines = [line[:LOG_LINE_CHARACTERS] for line in text.splitlines()[-LOG_TAIL_LINES:]]
-        return "\n".join([f"--- end of {self._log_path} ---", *lines])
+        return end_of_log(self._log_path)
 
     def _healthy(self) -> bool:
         connection = http.client.HTTPConnection(self._host, self._port, timeout=5)
@@ -251,6 +255,12 @@ def reserve_engine_port(host: str, port: int | None) -> socket.socket:
         raise ValueError(
             f"engine.port: {host}:{port} is taken ({error.strerror}); choose another, or null for any"
         ) from error
+
+
+def end_of_log(path: Path) -> str:
+    """The last lines of a log, for a message."""
+    lines = path.read_text(errors="replace").splitlines()[-LOG_TAIL_LINES:]
+    return "\n".join([f"--- end of {path} ---", *(line[:LOG_LINE_CHARACTERS] for line in lines)])
 
 
 def _detect_device() -> Literal["cpu", "cuda"]:

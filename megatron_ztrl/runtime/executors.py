@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import secrets
 from collections.abc import Sequence
-from contextlib import AsyncExitStack
 from pathlib import Path
 
 from ztrl_sandbox.client_pool import ExecutorPool
@@ -14,62 +13,112 @@ from ztrl_sandbox.process import ExecutorServer
 from megatron_ztrl.config.schema import Config, SandboxConfig
 from megatron_ztrl.envs.python_tool import Execute
 from megatron_ztrl.runtime.cluster import node_address
-from megatron_ztrl.runtime.services import HostedServer
+from megatron_ztrl.runtime.processes import ProcessTable
+from megatron_ztrl.runtime.services import Executor, HostedServer, Started
+from megatron_ztrl.runtime.supervision import Supervisor
 from megatron_ztrl.types import ExecutionResult, ExecutionStatus
 
 
-async def start_executors(
-    config: Config, nodes: Sequence[str], logs: Path, stack: AsyncExitStack
-) -> ExecutorPool:
-    """Starts one executor on each node, unless ``sandbox.urls`` names running ones.
+class RunExecutors:
+    """One executor on each node, or those that ``sandbox.urls`` names, which are not this run's to look after.
 
     Args:
         config: The run.
         nodes: Ray's ids of them.
         logs: Directory for ``executor<i>.log``.
-        stack: Stops them.
+        processes: Learns about every executor.
     """
-    sandbox = config.sandbox
-    if sandbox.urls:
-        urls, token = sandbox.urls, _read_token(sandbox)
-    else:
-        token = secrets.token_urlsafe()  # on a cluster they listen where others can reach them
-        urls = await _start_on_nodes(sandbox, nodes, logs, token, stack)
-    pool = ExecutorPool(
-        urls,
-        token=token,
-        max_concurrent_per_executor=config.tool.max_concurrent,
-        max_attempts=config.tool.retries + 1,
-    )
-    stack.push_async_callback(pool.close)
-    return pool
+
+    def __init__(self, config: Config, nodes: Sequence[str], logs: Path, processes: ProcessTable) -> None:
+        self.config = config
+        self.processes = processes
+        self._pool: ExecutorPool | None = None
+        self._slots: list[ExecutorSlot] = []
+        self._token: str | None
+        if config.sandbox.urls:
+            self._token = _read_token(config.sandbox)
+        else:
+            self._token = secrets.token_urlsafe()  # on a cluster they listen where others can reach them
+            for index, node in enumerate(nodes):
+                server = _hosted(config.sandbox, node, self._token, logs / f"executor{index}.log")
+                self._slots.append(ExecutorSlot(self, index, server))
+        self.left = set(self._slots)
+        """Those that were not given up."""
+
+    async def start(self) -> ExecutorPool:
+        """Starts them. Returns their client, which ``stop`` closes."""
+        started = await asyncio.gather(*(slot.server.start() for slot in self._slots))
+        for slot, each in zip(self._slots, started, strict=True):
+            slot.came_up(each)
+        tool = self.config.tool
+        self._pool = ExecutorPool(
+            [each.url for each in started] or self.config.sandbox.urls,
+            token=self._token,
+            max_concurrent_per_executor=tool.max_concurrent,
+            max_attempts=tool.retries + 1,
+        )
+        return self._pool
+
+    def supervise(self, supervisor: Supervisor) -> None:
+        """Starts each again that dies, where it was: the pool finds it there."""
+        for slot in self._slots:
+            supervisor.watch(slot)
+
+    async def stop(self) -> None:
+        """Stops them."""
+        if self._pool is not None:
+            await self._pool.close()
+        await asyncio.gather(*(slot.server.stop() for slot in self._slots))
+
+
+class ExecutorSlot:
+    """A place for an executor. A `supervision.Charge`."""
+
+    def __init__(self, run: RunExecutors, index: int, server: HostedServer) -> None:
+        self.name = f"executor {index}"
+        self.server = server
+        self.max_restarts = run.config.sandbox.max_restarts
+        self._run = run
+
+    def came_up(self, started: Started) -> None:
+        """It serves at the URL that it had before."""
+        self._run.processes.update(self.name, **started._asdict(), state="serves")
+
+    async def fails(self) -> str:
+        """Never returns: the pool judges by itself who is asked."""
+        return await asyncio.get_running_loop().create_future()
+
+    def went_down(self) -> None:
+        """The pool notices."""
+        self._run.processes.update(self.name, state="starts")
+        self._run.processes.count_restart(self.name)
+
+    def give_up(self) -> bool:
+        """Whether there are other executors."""
+        self._run.left.discard(self)
+        self._run.processes.remove(self.name)
+        return bool(self._run.left)
 
 
 def _read_token(sandbox: SandboxConfig) -> str | None:
     return None if sandbox.token_file is None else Path(sandbox.token_file).read_text().strip()
 
 
-async def _start_on_nodes(
-    sandbox: SandboxConfig, nodes: Sequence[str], logs: Path, token: str, stack: AsyncExitStack
-) -> list[str]:
-    async def start(index: int, node: str) -> str:
-        server = HostedServer(
-            lambda: ExecutorServer(
-                host=node_address(),
-                token=token,
-                workers=sandbox.workers,
-                preload=sandbox.preload,
-                memory_limit_bytes=sandbox.memory_limit_bytes,
-                isolation=sandbox.isolation,
-                min_isolation=sandbox.min_isolation,
-                log_path=logs / f"executor{index}.log",
-            ),
-            node=node,
+def _hosted(sandbox: SandboxConfig, node: str, token: str, log_path: Path) -> HostedServer:
+    def build() -> Executor:
+        server = ExecutorServer(
+            host=node_address(),
+            token=token,
+            workers=sandbox.workers,
+            preload=sandbox.preload,
+            memory_limit_bytes=sandbox.memory_limit_bytes,
+            isolation=sandbox.isolation,
+            min_isolation=sandbox.min_isolation,
+            log_path=log_path,
         )
-        stack.push_async_callback(server.stop)
-        return await server.start()
+        return Executor(server, log_path)
 
-    return list(await asyncio.gather(*(start(*item) for item in enumerate(nodes))))
+    return HostedServer(build, node=node)
 
 
 def run_snippets(executors: ExecutorPool, *, run_timeout_seconds: float) -> Execute:

@@ -3,36 +3,83 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Callable
-from typing import Protocol
+from pathlib import Path
+from typing import NamedTuple, Protocol
 
-from megatron_ztrl.engines.server import EngineServer
+from ztrl_sandbox.process import ExecutorServer
+
+from megatron_ztrl.engines.server import EngineServer, end_of_log
 from megatron_ztrl.runtime.cluster import cluster_gpus, user_facing
 
 
-class Server(Protocol):
-    """A server process that can be started and stopped."""
+class Started(NamedTuple):
+    """A server that serves."""
 
-    async def start(self) -> str:
-        """Returns the URL once it serves."""
+    url: str
+    pid: int
+    """On its node."""
+
+
+class ServerDied(RuntimeError):
+    """A server could not be started again; the message says why."""
+
+
+class Server(Protocol):
+    """A server process that can be started, again and again, and stopped."""
+
+    async def start(self) -> Started:
+        """Returns once it serves."""
         ...
 
-    async def stop(self) -> None: ...
+    async def wait(self) -> str:
+        """Waits for the end of the process. Returns what there is to say about it."""
+        ...
+
+    async def stop(self) -> None:
+        """Ends the process, if there is one, and all that it started."""
+        ...
 
 
 class Engine:
     """An `EngineServer` as a `Server`."""
 
-    def __init__(self, server: EngineServer) -> None:
-        self._server = server
+    def __init__(self, build: Callable[[], EngineServer]) -> None:
+        self._build = build
+        self._server: EngineServer | None = None
 
-    async def start(self) -> str:
+    async def start(self) -> Started:
+        self._server = self._build()  # which takes a port of its own
         self._server.start()  # in this thread, which lives as long as the host: the engine dies with it
         await asyncio.to_thread(self._server.wait_healthy)
-        return self._server.url
+        return Started(self._server.url, self._server.pid)
+
+    async def wait(self) -> str:
+        assert self._server is not None, "start() first"
+        return await asyncio.to_thread(self._server.wait)
 
     async def stop(self) -> None:
-        await asyncio.to_thread(self._server.stop)
+        if self._server is not None:
+            await asyncio.to_thread(self._server.stop)
+
+
+class Executor:
+    """An `ExecutorServer` as a `Server`; it keeps its port."""
+
+    def __init__(self, server: ExecutorServer, log_path: Path) -> None:
+        self._server = server
+        self._log_path = log_path
+
+    async def start(self) -> Started:
+        return Started(await self._server.start(), self._server.pid)
+
+    async def wait(self) -> str:
+        url, code = self._server.url, await self._server.wait()
+        return f"executor {url} ended with code {code}\n{end_of_log(self._log_path)}"
+
+    async def stop(self) -> None:
+        await self._server.stop()
 
 
 class _Host:
@@ -41,8 +88,18 @@ class _Host:
     def __init__(self, build: Callable[[], Server]) -> None:
         self._server = build()
 
-    async def start(self) -> str:
+    async def exist(self) -> None:
+        """Returns once the host has its place on the cluster."""
+
+    async def start(self) -> Started:
         return await self._server.start()
+
+    async def restart(self) -> Started:
+        await self._server.stop()
+        return await self._server.start()
+
+    async def wait(self) -> str:
+        return await self._server.wait()
 
     async def stop(self) -> None:
         await self._server.stop()
@@ -58,23 +115,71 @@ class HostedServer:
     """
 
     def __init__(self, build: Callable[[], Server], *, gpus: int = 0, node: str | None = None) -> None:
-        import ray
-        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+        self._build = build
+        self._gpus = gpus if cluster_gpus() else 0
+        self._node = node
+        self._new_host()
 
-        remote = ray.remote(num_cpus=0, num_gpus=gpus if cluster_gpus() else 0)(_Host)
-        if node is not None:
-            remote = remote.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False))
-        self._host = remote.remote(build)
-
-    async def start(self) -> str:
-        """Starts the server and waits until it serves. Returns its URL."""
+    async def start(self) -> Started:
+        """Starts the server and waits until it serves."""
+        await self._placement()
         return await user_facing(self._host.start.remote())
+
+    async def restart(self) -> Started:
+        """Ends what is left of the server, and starts it again, with the same GPUs while its node lives.
+
+        Raises:
+            ServerDied: It did not start.
+        """
+        from ray.exceptions import RayActorError, RayTaskError
+
+        try:
+            try:
+                await self._placement()
+                return await self._host.restart.remote()
+            except RayActorError:  # its node is gone, or somebody killed the host
+                self._new_host()
+                await self._placement()
+                return await self._host.start.remote()
+        except RayTaskError as error:
+            raise ServerDied(str(error.cause)) from error
+        except RayActorError as error:
+            raise ServerDied(f"its host on the cluster died: {error}") from error
+
+    async def wait(self) -> str:
+        """Waits until the server has ended, of itself or otherwise. Returns how."""
+        from ray.exceptions import RayActorError
+
+        try:
+            return await self._host.wait.remote()
+        except RayActorError as error:
+            return f"its host on the cluster died: {error}"
 
     async def stop(self) -> None:
         """Stops the server, then its host."""
         import ray
+        from ray.exceptions import RayActorError
 
         try:
-            await self._host.stop.remote()
+            if self._placed:  # else there is nobody to answer
+                with contextlib.suppress(RayActorError):  # died already, and took the server along
+                    await self._host.stop.remote()
         finally:
             ray.kill(self._host)
+
+    async def _placement(self) -> None:
+        """Waits for GPUs, if there are not enough."""
+        await self._host.exist.remote()
+        self._placed = True
+
+    def _new_host(self) -> None:
+        import ray
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+        remote = ray.remote(num_cpus=0, num_gpus=self._gpus)(_Host)
+        if self._node is not None:
+            remote = remote.options(
+                scheduling_strategy=NodeAffinitySchedulingStrategy(self._node, soft=False)
+            )
+        self._host = remote.remote(self._build)
+        self._placed = False

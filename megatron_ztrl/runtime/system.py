@@ -10,8 +10,7 @@ from pathlib import Path
 
 from megatron_ztrl.config.schema import Config
 from megatron_ztrl.data.batches import Minibatch, PerToken, Scores
-from megatron_ztrl.engines.client import EngineClient
-from megatron_ztrl.engines.server import EngineServer, reserve_engine_port
+from megatron_ztrl.engines.server import reserve_engine_port
 from megatron_ztrl.envs.prompt_templates import get_template
 from megatron_ztrl.envs.python_tool import Execute
 from megatron_ztrl.observability.progress import Progress
@@ -20,11 +19,14 @@ from megatron_ztrl.rollout.fleet import EngineFleet
 from megatron_ztrl.rollout.group import GroupRunner
 from megatron_ztrl.rollout.trajectory import Sampling, Tokenizer
 from megatron_ztrl.runtime.cluster import cluster_gpus, cluster_nodes, node_address, ray_cluster
-from megatron_ztrl.runtime.executors import run_snippets, start_executors
+from megatron_ztrl.runtime.engines import RunEngines
+from megatron_ztrl.runtime.executors import RunExecutors, run_snippets
 from megatron_ztrl.runtime.megatron_world import MegatronWorld, Role
-from megatron_ztrl.runtime.services import Engine, HostedServer
+from megatron_ztrl.runtime.processes import ProcessTable
+from megatron_ztrl.runtime.scaling import follow_requests
+from megatron_ztrl.runtime.supervision import Supervisor
 from megatron_ztrl.trainer.integrity import FileRecord
-from megatron_ztrl.weights.publish import WeightPublisher
+from megatron_ztrl.weights.publish import PublishReport, WeightPublisher
 
 
 @dataclass(kw_only=True)
@@ -33,10 +35,16 @@ class RolloutSystem:
 
     config: Config
     tokenizer: Tokenizer
-    engines: list[EngineClient]
-    fleet: EngineFleet
+    engines: RunEngines
+    executors: RunExecutors
     execute: Execute
     verifier: MathVerifier
+    processes: ProcessTable
+
+    @property
+    def fleet(self) -> EngineFleet:
+        """Gives engines to rollouts."""
+        return self.engines.fleet
 
     def group_runner(self, sampling: Sampling) -> GroupRunner:
         """Runs groups with this sampling (training and evaluation sample differently)."""
@@ -60,7 +68,22 @@ class System:
     critic: MegatronWorld | None
     reference: MegatronWorld | None
     """None without a KL term, and where the actor's ranks hold the first weights, too."""
-    publisher: WeightPublisher
+
+    async def publish(self, version: int) -> PublishReport:
+        """Brings every engine to the actor's weights.
+
+        Raises:
+            PublishError: The actor failed, or an engine samples from other weights than it was sent.
+        """
+        return await self.rollouts.engines.publish(version)
+
+    async def while_engines_serve(self, work: Awaitable[None]) -> None:
+        """Waits for ``work``, no longer than rollouts have engines; see `RunEngines.while_any_serves`."""
+        await self.rollouts.engines.while_any_serves(work)
+
+    async def scale_engines(self, count: int) -> None:
+        """Makes it ``count`` engines, during the run; see `RunEngines.scale`."""
+        await self.rollouts.engines.scale(count)
 
     async def scores(self, minibatch: Minibatch) -> Scores:
         """What every model says of the samples, all worlds at once."""
@@ -86,6 +109,7 @@ class System:
         Returns:
             Statistics as ``loss/*`` and ``critic/*``.
         """
+        await self.rollouts.engines.before_actor_changes()
         calls: dict[str, Awaitable[dict[str, float]]] = {}
         if self.critic is None or step >= self.rollouts.config.algorithm.critic_warmup_steps:
             calls["loss"] = self.actor.train_step(minibatch.actor, step)
@@ -151,7 +175,8 @@ async def launch_rollouts(
             stack.enter_context(ray_cluster())
         _refuse_taken_ports(config)
         with progress.startup("SGLang engines and Python executors"):
-            rollouts = await _start_rollouts(config, run_directory, tokenizer, stack)
+            rollouts = await _start_rollouts(config, run_directory, tokenizer, progress, stack)
+        await _supervise(rollouts, None, progress, stack)
         yield rollouts
 
 
@@ -176,24 +201,24 @@ async def launch(
             for world in worlds.values():
                 stack.callback(world.kill)
             rollouts, _ = await asyncio.gather(
-                _start_rollouts(config, run_directory, tokenizer, stack),
+                _start_rollouts(config, run_directory, tokenizer, progress, stack),
                 asyncio.gather(*(world.build() for world in worlds.values())),
             )
         actor = worlds["actor"]
         publisher = WeightPublisher(
             config,
             actor,
-            rollouts.engines,
+            rollouts.engines.clients,
             address=node_address(),
             backend="nccl" if cluster_gpus() else "gloo",
         )
         stack.push_async_callback(publisher.close)
+        await _supervise(rollouts, publisher, progress, stack)
         yield System(
             rollouts=rollouts,
             actor=actor,
             critic=worlds.get("critic"),
             reference=worlds.get("reference"),
-            publisher=publisher,
         )
 
 
@@ -208,22 +233,46 @@ def _roles(config: Config) -> list[Role]:
 
 
 async def _start_rollouts(
-    config: Config, run_directory: Path, tokenizer: Tokenizer, stack: contextlib.AsyncExitStack
+    config: Config,
+    run_directory: Path,
+    tokenizer: Tokenizer,
+    progress: Progress,
+    stack: contextlib.AsyncExitStack,
 ) -> RolloutSystem:
     logs = run_directory / "logs"
     logs.mkdir(parents=True, exist_ok=True)
     verifier = MathVerifier(config.reward)
     stack.callback(verifier.close)
-    engines, executors = await asyncio.gather(
-        _start_engines(config, logs, stack), start_executors(config, cluster_nodes(), logs, stack)
-    )
+    processes = ProcessTable(run_directory)
+    stack.callback(processes.close)
+    engines = RunEngines(config, logs, processes, progress.note)
+    stack.push_async_callback(engines.stop)
+    executors = RunExecutors(config, cluster_nodes(), logs, processes)
+    stack.push_async_callback(executors.stop)
+    _, pool = await asyncio.gather(engines.start(), executors.start())
     return RolloutSystem(
         config=config,
         tokenizer=tokenizer,
         engines=engines,
-        fleet=EngineFleet(engines, max_concurrent_per_engine=config.engine.max_running_requests),
-        execute=run_snippets(executors, run_timeout_seconds=config.tool.run_timeout_seconds),
+        executors=executors,
+        execute=run_snippets(pool, run_timeout_seconds=config.tool.run_timeout_seconds),
         verifier=verifier,
+        processes=processes,
+    )
+
+
+async def _supervise(
+    rollouts: RolloutSystem,
+    publisher: WeightPublisher | None,
+    progress: Progress,
+    stack: contextlib.AsyncExitStack,
+) -> None:
+    """Replaces servers that die from now on; entered last, so that nothing is replaced while all is taken down."""
+    supervisor = await stack.enter_async_context(Supervisor(progress.note))
+    rollouts.engines.supervise(supervisor, publisher)
+    rollouts.executors.supervise(supervisor)
+    supervisor.spawn(
+        follow_requests(Path(rollouts.config.run.directory), rollouts.engines.scale, progress.note)
     )
 
 
@@ -232,20 +281,3 @@ def _refuse_taken_ports(config: Config) -> None:
     if config.engine.port is not None and len(cluster_nodes()) == 1:
         for index in range(config.engine.count):
             reserve_engine_port(node_address(), config.engine.port + index).close()
-
-
-async def _start_engines(config: Config, logs: Path, stack: contextlib.AsyncExitStack) -> list[EngineClient]:
-    async def start(index: int) -> EngineClient:
-        log_path = logs / f"engine{index}.log"
-        server = HostedServer(
-            lambda: Engine(EngineServer(config, index=index, log_path=log_path, host=node_address())),
-            gpus=config.engine.tensor_parallel_size,
-        )
-        stack.push_async_callback(server.stop)
-        client = EngineClient(
-            await server.start(), request_timeout_seconds=config.engine.request_timeout_seconds
-        )
-        stack.push_async_callback(client.close)
-        return client
-
-    return list(await asyncio.gather(*(start(index) for index in range(config.engine.count))))

@@ -45,11 +45,12 @@ class ExecutorServer:
         start_timeout_seconds: float = 60.0,
     ) -> None:
         self._arguments = [
-            *("serve", "--host", host, "--port", "0", "--exit-with-parent"),
+            *("serve", "--host", host, "--exit-with-parent"),
             *("--workers", str(workers), "--preload", ",".join(preload)),
             *("--memory-limit-bytes", str(memory_limit_bytes)),
             *("--isolation", isolation, "--min-isolation", min_isolation),
         ]
+        self._port = 0
         self._token = token
         self._log_path = log_path
         self._start_timeout_seconds = start_timeout_seconds
@@ -64,7 +65,7 @@ class ExecutorServer:
         return self._process.pid
 
     async def start(self) -> str:
-        """Start it and return its URL once it can serve.
+        """Start it and return its URL once it can serve: a free port, and again the same one after an end.
 
         Raises:
             RuntimeError: it exited, or was not ready in time.
@@ -78,7 +79,7 @@ class ExecutorServer:
         with contextlib.ExitStack() as stack:
             log = None if self._log_path is None else stack.enter_context(self._log_path.open("ab"))
             self._process = await asyncio.create_subprocess_exec(
-                *(sys.executable, "-m", "ztrl_sandbox", *self._arguments),
+                *(sys.executable, "-m", "ztrl_sandbox", *self._arguments, "--port", str(self._port)),
                 env=environment,
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=asyncio.subprocess.PIPE,
@@ -96,8 +97,14 @@ class ExecutorServer:
             code = await self._process.wait()
             where = f"see {self._log_path}" if self._log_path else "its standard error says why"
             raise RuntimeError(f"the executor exited with code {code} before it was ready; {where}")
-        self.url = json.loads(line)["url"]
+        ready = json.loads(line)
+        self.url, self._port = ready["url"], ready["port"]
         return self.url
+
+    async def wait(self) -> int:
+        """Wait until it has ended, of itself or by :meth:`stop`. Returns its exit code."""
+        assert self._process is not None
+        return await self._process.wait()
 
     async def stop(self) -> None:
         """End it and everything it runs; returns when it is gone."""

@@ -2,6 +2,8 @@
 
 import asyncio
 import contextlib
+import os
+import signal
 import urllib.error
 import urllib.request
 from pathlib import Path
@@ -12,7 +14,9 @@ from sandbox_server import executor_with
 
 from megatron_ztrl.config.schema import Config, SandboxConfig, ToolConfig
 from megatron_ztrl.runtime.cluster import cluster_nodes, ray_cluster
-from megatron_ztrl.runtime.executors import run_snippets, start_executors
+from megatron_ztrl.runtime.executors import RunExecutors, run_snippets
+from megatron_ztrl.runtime.processes import ProcessTable, read_processes
+from megatron_ztrl.runtime.supervision import Supervisor
 from megatron_ztrl.types import ExecutionStatus
 
 
@@ -28,10 +32,19 @@ def configured(directory, **sandbox) -> Config:
     )
 
 
+@contextlib.asynccontextmanager
+async def executors_of(config, nodes, directory):
+    """(executors, their pool)"""
+    executors = RunExecutors(config, nodes, directory, ProcessTable(directory))
+    try:
+        yield executors, await executors.start()
+    finally:
+        await executors.stop()
+
+
 def test_each_node_gets_an_executor_that_works_and_ends_with_the_run(tmp_path):
     async def scenario() -> list[str]:
-        async with contextlib.AsyncExitStack() as stack:
-            pool = await start_executors(configured(tmp_path), cluster_nodes() * 2, tmp_path, stack)
+        async with executors_of(configured(tmp_path), cluster_nodes() * 2, tmp_path) as (_, pool):
             execute = run_snippets(pool, run_timeout_seconds=10.0)
             results = await asyncio.gather(*(execute(f"print({n})") for n in range(20)))
             assert {result.status for result in results} == {ExecutionStatus.OK}
@@ -53,14 +66,48 @@ def test_each_node_gets_an_executor_that_works_and_ends_with_the_run(tmp_path):
             urllib.request.urlopen(url + "/ready")
 
 
+def test_an_executor_that_is_killed_is_started_again_where_it_was_and_every_snippet_is_answered(tmp_path):
+    async def scenario() -> None:
+        async with (
+            executors_of(configured(tmp_path), cluster_nodes(), tmp_path) as (executors, pool),
+            Supervisor(notes.append) as supervisor,
+        ):
+            executors.supervise(supervisor)
+            execute = run_snippets(pool, run_timeout_seconds=10.0)
+            for kill in range(2):
+                before = read_processes(tmp_path)["servers"]["executor 0"]
+                calls = [
+                    asyncio.create_task(execute(f"import time; time.sleep(0.2); print({n})"))
+                    for n in range(12)
+                ]
+                await asyncio.wait(calls, return_when=asyncio.FIRST_COMPLETED)
+                os.kill(before["pid"], signal.SIGKILL)
+                results = await asyncio.gather(*calls)
+                assert [(result.status, result.stdout) for result in results] == [
+                    (ExecutionStatus.OK, f"{n}\n") for n in range(12)
+                ]
+                after = read_processes(tmp_path)["servers"]["executor 0"]
+                assert (after["url"], after["state"], after["restarts"]) == (
+                    before["url"],
+                    "serves",
+                    kill + 1,
+                )
+                assert after["pid"] != before["pid"]
+            assert [executor.ejections for executor in pool.executors] == [2]
+
+    notes: list[str] = []
+    with ray_cluster():
+        asyncio.run(scenario())
+    assert sum("ended with code -9: executor 0 starts again" in note for note in notes) == 2
+
+
 def test_executors_that_the_configuration_names_are_used_with_their_token(tmp_path):
     token_file = tmp_path / "token"
     token_file.write_text("a-token-of-the-test\n")
 
     async def scenario(urls: list[str]) -> str:
-        async with contextlib.AsyncExitStack() as stack:
-            config = configured(tmp_path, urls=urls, token_file=str(token_file))
-            pool = await start_executors(config, [], tmp_path, stack)
+        config = configured(tmp_path, urls=urls, token_file=str(token_file))
+        async with executors_of(config, [], tmp_path) as (_, pool):
             return (await run_snippets(pool, run_timeout_seconds=10.0)("print(6 * 7)")).stdout
 
     with executor_with(
