@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self
 
@@ -185,6 +186,67 @@ class EngineClient:
                 "weight_version": None if version is None else str(version),
                 "flush_cache": False,  # it would kill the server where it cannot be done
             },
+        )
+
+    async def join_broadcast_group(
+        self,
+        name: str,
+        *,
+        address: str,
+        port: int,
+        rank_offset: int,
+        world_size: int,
+        backend: Literal["gloo", "nccl"],
+    ) -> None:
+        """Let the server's ranks join a process group as ``rank_offset`` and following; returns when all have."""
+        await self._post(
+            "/init_weights_update_group",
+            {
+                "group_name": name,
+                "master_address": address,
+                "master_port": port,
+                "rank_offset": rank_offset,
+                "world_size": world_size,
+                "backend": backend,
+            },
+        )
+
+    async def load_broadcast(
+        self,
+        group_name: str,
+        names: Sequence[str],
+        shapes: Sequence[Sequence[int]],
+        *,
+        dtype: str,
+        version: int | None,
+    ) -> None:
+        """Receive whole tensors, one behind the other in one message, from rank 0 of a group.
+
+        Args:
+            group_name: of ``join_broadcast_group``.
+            names: Hugging Face's.
+            shapes: of the tensors.
+            dtype: of all of them.
+            version: tokens sampled from now on carry it; None leaves it.
+        """
+        await self._post(
+            "/update_weights_from_distributed",
+            {
+                "group_name": group_name,
+                "names": list(names),
+                "dtypes": [dtype] * len(names),
+                "shapes": [list(shape) for shape in shapes],
+                "load_format": "flattened_bucket",
+                "weight_version": None if version is None else str(version),
+                "flush_cache": False,
+            },
+        )
+
+    async def load_checkpoint(self, directory: Path, *, version: int) -> None:
+        """Read the weights of a Hugging Face checkpoint; tokens sampled from now on carry ``version``."""
+        await self._post(
+            "/update_weights_from_disk",
+            {"model_path": str(directory), "weight_version": str(version), "flush_cache": False},
         )
 
     async def flush_cache(self) -> None:

@@ -23,6 +23,7 @@ from megatron_ztrl.runtime.cluster import cluster_gpus, node_address
 from megatron_ztrl.trainer.integrity import FileRecord
 from megatron_ztrl.trainer.topology import parallel_layout
 from megatron_ztrl.types import TensorSlice
+from megatron_ztrl.weights.broadcaster import BroadcastGroup, TensorBucket
 from megatron_ztrl.weights.sender import SendReport
 
 Role = Literal["actor", "critic", "reference"]
@@ -52,6 +53,7 @@ class RankProcess:
         """
         from megatron_ztrl.trainer.actor import ActorRank, PolicyRank
         from megatron_ztrl.trainer.critic import CriticRank
+        from megatron_ztrl.weights.broadcaster import WeightBroadcaster
         from megatron_ztrl.weights.sender import WeightSender
 
         kinds = {"actor": ActorRank, "critic": CriticRank, "reference": PolicyRank}
@@ -60,6 +62,7 @@ class RankProcess:
             self._reservation.close()  # the ranks have met, so the port is listened on
             self._reservation = None
         self._sender = WeightSender(self._rank.parameter, rank)
+        self._broadcaster = WeightBroadcaster(self._rank.parameter, rank)
         return self._rank.dp_rank, self._rank.is_output_rank
 
     def call(self, method: str, *args: Any, **kwargs: Any) -> Any:
@@ -73,6 +76,14 @@ class RankProcess:
     def send_weights(self, publish: int) -> SendReport:
         """Sends this rank's slices to the engines."""
         return self._sender.send(publish)
+
+    def join_broadcast_group(self, group: BroadcastGroup) -> None:
+        """Rank 0 meets the engines."""
+        self._broadcaster.join(group)
+
+    def broadcast_weights(self, buckets: Sequence[TensorBucket]) -> int:
+        """Gathers whole tensors on rank 0, which sends them to all engines."""
+        return self._broadcaster.send(buckets)
 
 
 class MegatronWorld:
@@ -144,6 +155,17 @@ class MegatronWorld:
     async def send_weights(self, publish: int) -> list[SendReport]:
         """Sends the current weights to the engines, all ranks at once."""
         return await asyncio.gather(*(rank.send_weights.remote(publish) for rank in self._ranks))
+
+    async def join_broadcast_group(self, group: BroadcastGroup) -> None:
+        """Lets rank 0 meet the engines."""
+        await asyncio.gather(*(rank.join_broadcast_group.remote(group) for rank in self._ranks))
+
+    async def broadcast_weights(self, buckets: Sequence[TensorBucket]) -> list[int]:
+        """Sends the current weights to all engines at once. Returns the bytes that each rank sent."""
+        import ray
+
+        shared = ray.put(list(buckets))
+        return await asyncio.gather(*(rank.broadcast_weights.remote(shared) for rank in self._ranks))
 
     async def save_checkpoint(self, directory: Path) -> None:
         await self.call("save_checkpoint", directory)

@@ -19,7 +19,9 @@ from megatron_ztrl.engines import interruption
 from megatron_ztrl.engines.client import EngineClient, EngineError
 from megatron_ztrl.engines.parameters import engine_slices
 from megatron_ztrl.weights.hf_mapping import Architecture, hf_tensor_shapes
-from megatron_ztrl.weights.transports import Delivery, Transport
+from megatron_ztrl.weights.transports import Network, Transport
+from megatron_ztrl.weights.transports.broadcast import BroadcastingWorld, BroadcastTransport
+from megatron_ztrl.weights.transports.disk import DiskTransport, ExportingWorld
 from megatron_ztrl.weights.transports.shards import SendingWorld, ShardTransport
 from megatron_ztrl.weights.verify import PublishError, canary_tokens, check_canary
 
@@ -27,8 +29,8 @@ MAX_LOGPROB_GAP = {"float32": 1e-4, "bfloat16": 0.1}
 """Nats. What two implementations of one policy may differ by on the canary, where the config does not say."""
 
 
-class ActorWorld(SendingWorld, Protocol):
-    """What publishing needs of the trainer; every call reaches all ranks."""
+class ActorWorld(SendingWorld, BroadcastingWorld, ExportingWorld, Protocol):
+    """What publishing needs of the trainer; every call reaches all ranks. One transport needs one of the three."""
 
     async def canary_logprobs(self, token_ids: Sequence[int]) -> list[float]:
         """Log-probs of every token after the first, [L - 1], under the current weights."""
@@ -43,7 +45,7 @@ class PublishReport:
     pause_seconds: float
     """How long no engine sampled."""
     transfer_seconds: float
-    """The part of it in which weights moved."""
+    """The part of it in which weights moved and were committed."""
     total_seconds: float
     """Verification included."""
     max_logprob_gap: float | None
@@ -89,17 +91,9 @@ class WeightPublisher:
         self._engines = list(engines)
         hf_config = _read_hf_config(config.model.path)
         _refuse_quantised(config, hf_config)
-        size = config.engine.tensor_parallel_size
         self._canary = canary_tokens(hf_config["vocab_size"])
-        self._transport: Transport = ShardTransport(
-            config,
-            actor,
-            [engine_slices(hf_config, size, rank) for rank in range(size)],
-            hf_tensor_shapes(Architecture.from_hf_config(hf_config)),
-            address=address,
-            backend=backend,
-            timeout_seconds=timeout_seconds,
-        )
+        network = Network(address=address, backend=backend, timeout_seconds=timeout_seconds)
+        self._transport = _make_transport(config, actor, hf_config, network)
 
     async def close(self) -> None:
         """Give up what is kept between publishes."""
@@ -120,32 +114,42 @@ class WeightPublisher:
             PublishError: the trainer failed, no engine took the weights, or the canary differs. ``lost`` names
                 the engines that must not sample again; the others serve the new version or still the old.
         """
+        fleet = _Fleet(self._engines if engines is None else engines)
+        try:
+            return await self._publish(version, fleet)
+        finally:
+            self._engines = [engine for engine in self._engines if engine not in fleet.lost]
+
+    async def _publish(self, version: int, fleet: _Fleet) -> PublishReport:
         started = time.perf_counter()
         strategy = self._config.publish.interruption
-        fleet = _Fleet(self._engines if engines is None else engines)
         await fleet.each(lambda engine: interruption.pause([engine], strategy))
         await fleet.each(lambda engine: engine.begin_weight_update())
         transfer_started = time.perf_counter()
         delivery = await self._transport.deliver(fleet.alive, version)
-        transfer_seconds = time.perf_counter() - transfer_started
         fleet.lose(delivery.lost)
         await fleet.each(lambda engine: self._transport.commit(engine, version), delivery.complete)
+        transfer_seconds = time.perf_counter() - transfer_started
         await fleet.each(lambda engine: engine.end_weight_update())
         await fleet.each(lambda engine: interruption.resume([engine], strategy))
         pause_seconds = time.perf_counter() - started
-        self._engines = [engine for engine in self._engines if engine not in fleet.lost]
-        lost = {engine.url: reason for engine, reason in fleet.lost.items()}
-        updated = [engine for engine in delivery.complete if engine not in fleet.lost]
-        if delivery.trainer_error is not None or not updated:
-            raise PublishError(f"version {version} was not published: {_reason(delivery, fleet)}", lost)
-        gap = await self._verify(version, updated) if self._due(version) else None
+        if delivery.trainer_error is not None:
+            raise PublishError(
+                f"version {version} was not published: {delivery.trainer_error}", fleet.lost_urls
+            )
+        updated = [engine for engine in delivery.complete if engine in fleet.alive]
+        gap = await self._verify(version, updated, fleet) if self._due(version) else None
+        if not any(engine in fleet.alive for engine in updated):
+            reasons = {**fleet.lost, **delivery.untouched}.values()
+            why = "; ".join(reasons) or "there is no engine"
+            raise PublishError(f"version {version} was not published: {why}", fleet.lost_urls)
         return PublishReport(
             version=version,
             pause_seconds=pause_seconds,
             transfer_seconds=transfer_seconds,
             total_seconds=time.perf_counter() - started,
             max_logprob_gap=gap,
-            lost=lost,
+            lost=fleet.lost_urls,
             untouched={engine.url: reason for engine, reason in delivery.untouched.items()},
             sent_bytes=delivery.sent_bytes,
             received_bytes=delivery.received_bytes,
@@ -155,16 +159,19 @@ class WeightPublisher:
         interval = self._config.publish.verify_interval_steps
         return interval > 0 and version % interval == 0
 
-    async def _verify(self, version: int, engines: Sequence[EngineClient]) -> float:
-        trainer, *served = await asyncio.gather(
-            self._actor.canary_logprobs(self._canary),
-            *(engine.prompt_logprobs(self._canary) for engine in engines),
-        )
+    async def _verify(self, version: int, engines: Sequence[EngineClient], fleet: _Fleet) -> float | None:
+        served: dict[EngineClient, list[float]] = {}
+
+        async def ask(engine: EngineClient) -> None:
+            served[engine] = await engine.prompt_logprobs(self._canary)
+
+        trainer, _ = await asyncio.gather(self._actor.canary_logprobs(self._canary), fleet.each(ask, engines))
         max_gap = self._config.publish.max_logprob_gap or MAX_LOGPROB_GAP[self._config.model.dtype]
-        return max(
+        gaps = [
             check_canary(trainer, logprobs, self._canary, max_gap=max_gap, version=version, engine=engine.url)
-            for engine, logprobs in zip(engines, served, strict=True)
-        )
+            for engine, logprobs in served.items()
+        ]
+        return max(gaps, default=None)
 
 
 class _Fleet:
@@ -173,6 +180,10 @@ class _Fleet:
     def __init__(self, engines: Sequence[EngineClient]) -> None:
         self.alive = list(engines)
         self.lost: dict[EngineClient, str] = {}
+
+    @property
+    def lost_urls(self) -> dict[str, str]:
+        return {engine.url: reason for engine, reason in self.lost.items()}
 
     def lose(self, reasons: Mapping[EngineClient, str]) -> None:
         self.lost |= reasons
@@ -198,18 +209,25 @@ class _Fleet:
         self.lose({engine: reason for engine, reason in zip(asked, reasons, strict=True) if reason})
 
 
-def _reason(delivery: Delivery, fleet: _Fleet) -> str:
-    if delivery.trainer_error is not None:
-        return delivery.trainer_error
-    return "; ".join({**fleet.lost, **delivery.untouched}.values()) or "there is no engine"
-
-
 def _read_hf_config(model_path: str) -> dict[str, Any]:
     from transformers.utils import cached_file  # a directory or a hub id
 
     path = cached_file(model_path, "config.json")
     assert path is not None  # raised otherwise
     return json.loads(Path(path).read_text())
+
+
+def _make_transport(
+    config: Config, actor: ActorWorld, hf_config: Mapping[str, Any], network: Network
+) -> Transport:
+    if config.publish.transport == "disk":
+        return DiskTransport(actor, Path(config.run.directory).resolve() / "publish")
+    shapes = hf_tensor_shapes(Architecture.from_hf_config(hf_config))
+    if config.publish.transport == "broadcast":
+        return BroadcastTransport(config, actor, shapes, network)
+    size = config.engine.tensor_parallel_size
+    engine_ranks = [engine_slices(hf_config, size, rank) for rank in range(size)]
+    return ShardTransport(config, actor, engine_ranks, shapes, network)
 
 
 def _refuse_quantised(config: Config, hf_config: Mapping[str, Any]) -> None:

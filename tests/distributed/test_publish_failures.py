@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 from link_world import HALVES, MODEL_ELEMENTS, SHAPES, Engine, Trainer, half, tensors
 
+from megatron_ztrl.weights.transports import Network
 from megatron_ztrl.weights.transports.shards import ShardTransport
 
 MODEL_BYTES = 4 * MODEL_ELEMENTS
@@ -33,9 +34,7 @@ async def world():
             trainer,
             [half(rank) for rank in range(HALVES)],
             SHAPES,
-            address="127.0.0.1",
-            backend="gloo",
-            timeout_seconds=120,
+            Network(timeout_seconds=120),
         )
         everything.extend([trainer, *engines])
         return trainer, engines, transport

@@ -3,11 +3,17 @@ as tensor parallelism cuts it."""
 
 import asyncio
 import multiprocessing
+import os
+import signal
+import tempfile
 
 import torch
+import torch.distributed as dist
 from transformers import Qwen2ForCausalLM
 
+from megatron_ztrl.engines.weight_stream import Staging
 from megatron_ztrl.types import TensorSlice
+from megatron_ztrl.weights.broadcaster import WeightBroadcaster
 from megatron_ztrl.weights.sender import WeightSender
 
 SIZE = 2
@@ -28,11 +34,26 @@ def half_of(name, tensor, rank):
     return description, tensor.narrow(dim, rank * length, length).contiguous()
 
 
+def stop_before(bucket):
+    """Let this process stand still before it fills its ``bucket``-th bucket, until somebody continues it."""
+    fill, left = Staging.fill, [bucket]
+
+    def stop_and_fill(*arguments):
+        if left[0] == 0:
+            Staging.fill = fill
+            os.kill(os.getpid(), signal.SIGSTOP)
+        left[0] -= 1
+        fill(*arguments)
+
+    Staging.fill = stop_and_fill
+
+
 def run_rank(rank, pipe):
     """Obey (command, *arguments) until None; answers are (ok, result)."""
     torch.set_num_threads(1)
     parameters = {}
     sender = WeightSender(parameters.__getitem__, rank)
+    broadcaster = WeightBroadcaster(parameters.__getitem__, rank)
     while (message := pipe.recv()) is not None:
         command, *arguments = message
         try:
@@ -43,6 +64,14 @@ def run_rank(rank, pipe):
                 result = sender.join(*arguments)
             elif command == "send":
                 result = sender.send(*arguments)
+            elif command == "join broadcast":
+                if not dist.is_initialized():  # what Megatron's ranks have
+                    dist.init_process_group("gloo", init_method=arguments[1], rank=rank, world_size=SIZE)
+                result = broadcaster.join(arguments[0])
+            elif command == "broadcast":
+                result = broadcaster.send(*arguments)
+            elif command == "stop before":
+                result = stop_before(*arguments)
             pipe.send((True, result))
         except RuntimeError as error:
             pipe.send((False, str(error)))
@@ -84,6 +113,28 @@ class TensorParallelWorld:
 
     async def send_weights(self, publish):
         return await self._call([("send", publish)] * SIZE)
+
+    async def join_broadcast_group(self, group):
+        with tempfile.TemporaryDirectory() as directory:
+            await self._call([("join broadcast", group, f"file://{directory}/meet")] * SIZE)
+
+    async def broadcast_weights(self, buckets):
+        return await self._call([("broadcast", buckets)] * SIZE)
+
+    async def export_hf(self, directory):
+        self.model.save_pretrained(directory)
+
+    async def stop_before(self, bucket):
+        """Let all ranks stand still in the middle of the next publish."""
+        await self._call([("stop before", bucket)] * SIZE)
+
+    async def until_stopped(self):
+        for process in self._processes:
+            await asyncio.to_thread(os.waitid, os.P_PID, process.pid, os.WSTOPPED | os.WNOWAIT)
+
+    def go_on(self):
+        for process in self._processes:
+            os.kill(process.pid, signal.SIGCONT)
 
     async def canary_logprobs(self, token_ids):
         with torch.no_grad():

@@ -1,13 +1,15 @@
 """Weights from two real sending processes into the running server, seen through what it samples."""
 
 import asyncio
+from dataclasses import replace
 
 import pytest
+import torch
 from tensor_parallel_world import TensorParallelWorld
 from tiny_model import logprobs_under, only_writes, random_qwen2
 
 from megatron_ztrl.engines.client import EngineClient
-from megatron_ztrl.types import FinishReason
+from megatron_ztrl.types import FinishReason, VersionSpan
 from megatron_ztrl.weights.publish import WeightPublisher
 from megatron_ztrl.weights.verify import PublishError
 
@@ -103,6 +105,40 @@ async def test_weights_that_differ_from_the_trainers_are_an_error(publisher, wor
     world.model = claimed
     with pytest.raises(PublishError, match=r"version 40: .* nats at canary position \d+ \(token \d+"):
         await publisher.publish(40)
+
+
+@pytest.mark.parametrize("transport", ["broadcast", "disk"])
+async def test_the_other_transports_bring_the_same_weights(config, world, client, transport):
+    publish = replace(config.publish, transport=transport, bucket_bytes=1 << 17)  # several buckets
+    publisher = WeightPublisher(replace(config, publish=publish), world, [client], timeout_seconds=60)
+    for version, seed in ((60, 60), (61, 61)):
+        await world.hold(random_qwen2(seed))
+        report = await publisher.publish(version)
+        assert report.max_logprob_gap < 1e-5
+        assert await client.weight_version() == version
+    completion = await client.generate(PROMPT, max_new_tokens=40, temperature=1.0, request_id=transport)
+    assert completion.version_spans == [VersionSpan(version=61, start=0, end=len(completion.token_ids))]
+    expected = logprobs_under(world.model, PROMPT, completion.token_ids)
+    assert completion.logprobs == pytest.approx(expected, abs=1e-4)
+    await publisher.close()
+
+
+async def test_a_weight_that_is_not_a_number_reaches_no_engine(publisher, world, client):
+    before = random_qwen2(70)
+    await world.hold(before)
+    await publisher.publish(70)
+    diverged = random_qwen2(71)
+    with torch.no_grad():
+        diverged.model.layers[1].mlp.up_proj.weight[200, 3] = float("nan")  # the second rank's half
+    await world.hold(diverged)
+    problem = r"version 71 was not published: model.layers.1.mlp.up_proj.weight: 1 of \d+ values on trainer rank 1 are"
+    with pytest.raises(PublishError, match=problem) as raised:
+        await publisher.publish(71)
+    assert raised.value.lost == {}
+    assert await client.weight_version() == 70
+    completion = await client.generate(PROMPT, max_new_tokens=40, temperature=1.0, request_id="as-before")
+    expected = logprobs_under(before, PROMPT, completion.token_ids)
+    assert completion.logprobs == pytest.approx(expected, abs=1e-4)
 
 
 async def test_an_engine_that_does_not_answer_is_named(config, world):

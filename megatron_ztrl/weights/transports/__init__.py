@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Literal, Protocol
 
 from megatron_ztrl.engines.client import EngineClient
 
@@ -25,6 +25,17 @@ class Delivery:
     """Per trainer rank; empty where a transport cannot tell."""
     received_bytes: dict[str, list[int]] = field(default_factory=dict)
     """Per engine URL and tensor-parallel rank."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Network:
+    """How trainer ranks, engines and the driver reach each other."""
+
+    address: str = "127.0.0.1"
+    """Of the driver's host."""
+    backend: Literal["gloo", "nccl"] = "gloo"
+    timeout_seconds: float = 300.0
+    """The longest wait for a peer that lives and does nothing."""
 
 
 class Transport(Protocol):

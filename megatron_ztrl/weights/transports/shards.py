@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Coroutine, Mapping, Sequence
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import torch.distributed as dist
 
@@ -18,7 +18,7 @@ from megatron_ztrl.engines.weight_stream import Link
 from megatron_ztrl.types import TensorSlice
 from megatron_ztrl.weights.reshard import PublishPlan, plan
 from megatron_ztrl.weights.sender import SendReport
-from megatron_ztrl.weights.transports import Delivery
+from megatron_ztrl.weights.transports import Delivery, Network
 
 GRACE_SECONDS = 15.0
 """How long the others may take to notice that one has failed."""
@@ -48,9 +48,7 @@ class ShardTransport:
         actor: the trainer.
         engine_ranks: per tensor-parallel rank of an engine, what it needs.
         shapes: of the Hugging Face tensors.
-        address: of this host, as trainer ranks and engines reach it.
-        backend: of the weight group.
-        timeout_seconds: the longest wait for a peer that lives and does nothing.
+        network: between them; the driver keeps the meeting point.
     """
 
     def __init__(
@@ -59,18 +57,13 @@ class ShardTransport:
         actor: SendingWorld,
         engine_ranks: Sequence[list[TensorSlice]],
         shapes: Mapping[str, tuple[int, ...]],
-        *,
-        address: str,
-        backend: Literal["gloo", "nccl"],
-        timeout_seconds: float,
+        network: Network,
     ) -> None:
         self._config = config
         self._actor = actor
         self._engine_ranks = engine_ranks
         self._shapes = shapes
-        self._address = address
-        self._backend: Literal["gloo", "nccl"] = backend
-        self._timeout_seconds = timeout_seconds
+        self._network = network
         self._store: dist.TCPStore | None = None
         self._generation = 0
         self._joined: _Joined | None = None
@@ -156,21 +149,21 @@ class ShardTransport:
 
     def _meeting_point(self) -> dist.TCPStore:
         if self._store is None:  # the driver keeps it, on a port that the system picks
-            self._store = dist.TCPStore(self._address, 0, is_master=True, wait_for_workers=False)
+            self._store = dist.TCPStore(self._network.address, 0, is_master=True, wait_for_workers=False)
         return self._store
 
     def _new_group(self, published: PublishPlan) -> WeightGroup:
         self._generation += 1
         return WeightGroup(
             name=f"weights-{self._generation}",
-            address=self._address,
+            address=self._network.address,
             port=self._meeting_point().port,
             world_size=published.world_size,
-            backend=self._backend,
+            backend=self._network.backend,
             dtype=self._config.model.dtype,
             bucket_bytes=self._config.publish.bucket_bytes,
             checksums=self._config.publish.checksums,
-            timeout_seconds=self._timeout_seconds,
+            timeout_seconds=self._network.timeout_seconds,
         )
 
 
