@@ -70,9 +70,8 @@ class Evaluator:
     @property
     def identity(self) -> str:
         """Tells evaluations apart whose rollouts cannot be mixed."""
-        sampling = dataclasses.asdict(self._runner.sampling)
         texts = [(prompt.text, prompt.ground_truth) for group in self._prompts.values() for prompt in group]
-        return identity(sampling, texts, self.config.tool, self.config.reward)
+        return identity(self.config, self._runner.sampling, texts)
 
     async def evaluate(
         self, env_iterations: int, *, journal: Journal | None = None, beside: bool = False

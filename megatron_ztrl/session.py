@@ -249,7 +249,7 @@ class TrainingSession:
         lengths = (config.rollout.group_size, config.rollout.env_iterations)
         journal = Journal(
             self._directory / "journal" / "train",
-            identity=identity(fingerprint, sampling, *lengths, config.tool, config.reward, config.model.path),
+            identity=identity(config, sampling, fingerprint, *lengths),
         )
         if not resume:
             journal.clear()

@@ -19,7 +19,6 @@ killing the process loses nothing that was handed to the kernel, and what a powe
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 import hashlib
 import json
 import math
@@ -32,8 +31,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from megatron_ztrl.config.schema import Config
 from megatron_ztrl.rollout import journal_records as records
-from megatron_ztrl.rollout.trajectory import cut_tokens
+from megatron_ztrl.rollout.trajectory import Sampling, cut_tokens
 from megatron_ztrl.types import NOT_SAMPLED, Rollout, RolloutGroup
 
 
@@ -150,7 +150,7 @@ class Journal:
             group_id: Of the group.
             frame: From `journal_records`.
             rollout: That it is about.
-            oldest_version: Of the sampled tokens in the record.
+            oldest_version: Of the sampled tokens in the record, if it has any.
 
         Raises:
             OSError: An earlier record could not be written.
@@ -162,9 +162,8 @@ class Journal:
         if group_id not in self._oldest_version:
             frames.append(records.group_record(group_id, self._identity, rollout))
         frames.append(frame)
-        self._oldest_version[group_id] = min(
-            self._oldest_version.get(group_id, oldest_version), oldest_version
-        )
+        versions = (self._oldest_version.get(group_id), oldest_version)
+        self._oldest_version[group_id] = min((v for v in versions if v is not None), default=math.inf)
 
     def _submit(self) -> None:
         """Hands the records so far to the thread."""
@@ -229,9 +228,8 @@ class RolloutRecorder:
         """See `trajectory.Recorder`."""
         if start == len(rollout.token_ids) and not rollout.ended and rollout.stop_reason is None:
             return  # interrupted before its first token
-        oldest = min(rollout.weight_versions[start:], default=math.inf)
-        frame = records.sampled_record(self.index, rollout, start)
-        self.journal.append(self.group_id, frame, rollout, oldest)
+        frame, oldest_version = records.sampled_record(self.index, rollout, start)
+        self.journal.append(self.group_id, frame, rollout, oldest_version)
 
     def turn_done(self, rollout: Rollout) -> None:
         """See `trajectory.Recorder`."""
@@ -243,13 +241,19 @@ class RolloutRecorder:
         self.journal.append(self.group_id, records.finished_record(self.index, rollout), rollout)
 
 
-def identity(*settings: Any) -> str:
-    """A short name for what rollouts depend on: JSON values and configuration sections.
+def identity(config: Config, sampling: Sampling, *others: Any) -> str:
+    """A short name for what rollouts and their rewards depend on; ``others`` are JSON values.
 
-    Rollouts of a journal with another name are not gone on with.
+    Where it has changed, rollouts of the journal are not gone on with.
     """
-    text = json.dumps(settings, default=dataclasses.asdict)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    settings = (
+        config.model.path,
+        (sampling.temperature, sampling.top_p, sampling.max_response_tokens),
+        (config.tool.run_timeout_seconds, config.tool.max_output_tokens),
+        config.reward.require_answer_tags,
+        others,
+    )
+    return hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:16]
 
 
 def cut_after_version(rollout: Rollout, version: int) -> int:

@@ -64,16 +64,19 @@ def group_record(group_id: int, identity: str, rollout: Rollout) -> bytes:
     return _frame({**header, "prompt": prompt}, _tokens(rollout.prompt_ids))
 
 
-def sampled_record(index: int, rollout: Rollout, start: int, end: int | None = None) -> bytes:
-    """Model tokens ``[start, end)``; to the last one when ``end`` is None."""
-    versions = [
-        [version, sum(1 for _ in run)]
-        for version, run in itertools.groupby(rollout.weight_versions[start:end])
-    ]
+def sampled_record(
+    index: int, rollout: Rollout, start: int, end: int | None = None
+) -> tuple[bytes, int | None]:
+    """Model tokens ``[start, end)``; to the last one when ``end`` is None.
+
+    Returns:
+        The record, and the oldest version in it.
+    """
+    runs = itertools.groupby(rollout.weight_versions[start:end])
+    versions = [(version, len(list(run))) for version, run in runs]
     token_ids = rollout.token_ids[start:end]
     exact = np.asarray(rollout.logprobs[start:end], dtype="<f8")
     single = exact.astype("<f4")
-    logprobs = single if np.array_equal(single, exact) else exact
     is_last = end is None
     header = {
         "kind": "sampled",
@@ -85,7 +88,8 @@ def sampled_record(index: int, rollout: Rollout, start: int, end: int | None = N
         "stop": rollout.stop_reason if is_last else None,
         "seconds": round(rollout.generate_seconds, 3),
     }
-    return _frame(header, _tokens(token_ids), logprobs)
+    frame = _frame(header, _tokens(token_ids), single if np.array_equal(single, exact) else exact)
+    return frame, min((version for version, _ in versions), default=None)
 
 
 def turn_record(index: int, rollout: Rollout, turn: Turn) -> bytes:
@@ -116,11 +120,11 @@ def snapshot(group_id: int, identity: str, rollouts: Mapping[int, Rollout]) -> b
     frames = [group_record(group_id, identity, next(iter(rollouts.values())))]
     for index, rollout in rollouts.items():
         for turn in rollout.turns:
-            frames.append(sampled_record(index, rollout, turn.start, turn.tool_start))
+            frames.append(sampled_record(index, rollout, turn.start, turn.tool_start)[0])
             frames.append(turn_record(index, rollout, turn))
         start = rollout.turns[-1].end if rollout.turns else 0
         if start < len(rollout.token_ids):
-            frames.append(sampled_record(index, rollout, start))
+            frames.append(sampled_record(index, rollout, start)[0])
         if rollout.stop_reason is not None:
             frames.append(finished_record(index, rollout))
     return b"".join(frames)

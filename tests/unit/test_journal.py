@@ -12,7 +12,17 @@ import struct
 
 import pytest
 
-from megatron_ztrl.config.schema import ToolConfig
+from megatron_ztrl.config.schema import (
+    Config,
+    DataConfig,
+    DatasetConfig,
+    ModelConfig,
+    RewardConfig,
+    RolloutConfig,
+    RunConfig,
+    ToolConfig,
+    TrainConfig,
+)
 from megatron_ztrl.envs.prompt_templates import get_template
 from megatron_ztrl.rollout.fleet import EngineFleet
 from megatron_ztrl.rollout.group import GroupRunner
@@ -146,8 +156,8 @@ async def run(journal, *, group_id=7, size=2, policy=None, max_call_tokens=9, sa
     return Outcome(group, policy, sandbox)
 
 
-def journal_in(directory, **settings):
-    return Journal(directory, identity=identity("run", settings))
+def journal_in(directory, identity="settings"):
+    return Journal(directory, identity=identity)
 
 
 def resumed(directory, version=ALL_VERSIONS, **kwargs):
@@ -308,7 +318,7 @@ async def test_a_file_of_something_else_is_rolled_out_anew(tmp_path, junk):
 
 async def test_rollouts_of_other_settings_are_not_gone_on_with(written):
     _, file = written
-    journal = journal_in(file.parent, temperature=0.5)
+    journal = journal_in(file.parent, identity="other settings")
     found = journal.restore(ALL_VERSIONS)
     journal.close()
     assert found.rollouts == 0
@@ -429,3 +439,27 @@ async def test_the_tool_budget_goes_on_where_it_was(written, tmp_path):
     journal.close()
     assert again.sandbox.executed == []
     assert again.policy.asked and not any(stops for _, _, stops in again.policy.asked)
+
+
+def test_rollouts_depend_on_what_they_were_sampled_answered_and_scored_with():
+    config = Config(
+        run=RunConfig(directory="run"),
+        model=ModelConfig(path="model"),
+        data=DataConfig(train=DatasetConfig(name="d", path="d.jsonl")),
+        train=TrainConfig(num_steps=1),
+    )
+    sampling = Sampling(temperature=1.0, top_p=1.0, max_response_tokens=8, max_call_tokens=4)
+    first = identity(config, sampling, "fingerprint")
+    elsewhere = dataclasses.replace(
+        config, rollout=RolloutConfig(groups_per_step=2), tool=ToolConfig(retries=9)
+    )
+    assert identity(elsewhere, dataclasses.replace(sampling, max_call_tokens=2), "fingerprint") == first
+    other_tool = dataclasses.replace(config, tool=ToolConfig(max_output_tokens=9))
+    other_reward = dataclasses.replace(config, reward=RewardConfig(require_answer_tags=False))
+    others = [
+        identity(other_tool, sampling, "fingerprint"),
+        identity(other_reward, sampling, "fingerprint"),
+        identity(config, dataclasses.replace(sampling, temperature=0.9), "fingerprint"),
+        identity(config, sampling, "other prompts"),
+    ]
+    assert len({first, *others}) == 5
