@@ -143,7 +143,9 @@ class Journal:
         self._writer.shutdown(wait=True)
         self._raise_what_failed()
 
-    def append(self, group_id: int, frame: bytes, rollout: Rollout, oldest_version: float = math.inf) -> None:
+    def append(
+        self, group_id: int, frame: bytes, rollout: Rollout, oldest_version: int | None = None
+    ) -> None:
         """Appends one record.
 
         Args:
