@@ -1,4 +1,4 @@
-"""What a publish does to the requests that the engines are running: the strategies of ``publish.interruption``.
+"""What a publish does to the requests that an engine is running: the strategies of ``publish.interruption``.
 
 | strategy | running requests | their KV | KV of finished ones |
 |---|---|---|---|
@@ -18,49 +18,31 @@ server.
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Callable, Coroutine, Sequence
-from typing import Any, Literal
+from typing import Literal
 
 from megatron_ztrl.engines.client import EngineClient
 
 Strategy = Literal["retract", "abort", "in_place"]
 
 
-async def pause(engines: Sequence[EngineClient], strategy: Strategy) -> None:
-    """Stop all engines between two tokens. Weights may change when this returns.
+async def pause(engine: EngineClient, strategy: Strategy) -> None:
+    """Stop an engine between two tokens. Its weights may change when this returns.
 
     Raises:
-        EngineError: an engine failed; the others may be paused.
+        EngineError: the engine failed.
     """
-
-    async def stop(engine: EngineClient) -> None:
-        if strategy == "abort":
-            await engine.abort_in_flight()
-        # After an abort, requests that came in since are what is left to retract.
-        await engine.pause("in_place" if strategy == "in_place" else "retract")
-
-    await _each(engines, stop)
+    if strategy == "abort":
+        await engine.abort_in_flight()
+    # After an abort, requests that came in since are what is left to retract.
+    await engine.pause("in_place" if strategy == "in_place" else "retract")
 
 
-async def resume(engines: Sequence[EngineClient], strategy: Strategy) -> None:
-    """Let all engines go on, under the weights that they have now and, unless ``in_place``, with no cached KV.
+async def resume(engine: EngineClient, strategy: Strategy) -> None:
+    """Let an engine go on, under the weights that it has now and, unless ``in_place``, with no cached KV.
 
     Raises:
-        EngineError: an engine failed, or could not forget its KV; that one stays paused.
+        EngineError: the engine failed, or could not forget its KV and stays paused.
     """
-
-    async def go_on(engine: EngineClient) -> None:
-        if strategy != "in_place":  # SGLang flushes nothing while requests hold their KV
-            await engine.flush_cache()
-        await engine.resume()
-
-    await _each(engines, go_on)
-
-
-async def _each(
-    engines: Sequence[EngineClient], call: Callable[[EngineClient], Coroutine[Any, Any, None]]
-) -> None:
-    async with asyncio.TaskGroup() as tasks:
-        for engine in engines:
-            tasks.create_task(call(engine))
+    if strategy != "in_place":  # SGLang flushes nothing while requests hold their KV
+        await engine.flush_cache()
+    await engine.resume()

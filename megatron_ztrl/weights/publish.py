@@ -123,7 +123,7 @@ class WeightPublisher:
     async def _publish(self, version: int, fleet: _Fleet) -> PublishReport:
         started = time.perf_counter()
         strategy = self._config.publish.interruption
-        await fleet.each(lambda engine: interruption.pause([engine], strategy))
+        await fleet.each(lambda engine: interruption.pause(engine, strategy))
         await fleet.each(lambda engine: engine.begin_weight_update())
         transfer_started = time.perf_counter()
         delivery = await self._transport.deliver(fleet.alive, version)
@@ -131,7 +131,7 @@ class WeightPublisher:
         await fleet.each(lambda engine: self._transport.commit(engine, version), delivery.complete)
         transfer_seconds = time.perf_counter() - transfer_started
         await fleet.each(lambda engine: engine.end_weight_update())
-        await fleet.each(lambda engine: interruption.resume([engine], strategy))
+        await fleet.each(lambda engine: interruption.resume(engine, strategy))
         pause_seconds = time.perf_counter() - started
         if delivery.trainer_error is not None:
             raise PublishError(
