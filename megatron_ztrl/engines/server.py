@@ -25,6 +25,8 @@ from megatron_ztrl.engines.ports import port_of, reserve_port
 WEIGHT_LOADER = "megatron_ztrl.engines.weight_receiver.load"
 """The custom weight loader (see that module)."""
 
+SCRATCH_PREFIX = "ztrl-engine-"
+"""In the system's temporary directory; followed by the id of the process that started the engine."""
 LOG_TAIL_LINES = 30
 LOG_LINE_CHARACTERS = 400
 """SGLang writes all its arguments in one line of 15,000."""
@@ -72,6 +74,8 @@ class EngineServer:
         self._device = device or _detect_device()
         self._reservations: list[socket.socket] = []
         self._process: subprocess.Popen[bytes] | None = None
+        self._shared_files: set[Path] = set()
+        """As of the start, for when the processes can no longer be asked."""
         self._arguments = _server_args(config, index, self._device)
 
     @property
@@ -106,7 +110,7 @@ class EngineServer:
             arguments["nccl_port"] = self._reserve(None)
         command = [sys.executable, "-m", "sglang.launch_server", *_command_line(arguments)]
         self._log_path.parent.mkdir(parents=True, exist_ok=True)
-        self._scratch = tempfile.TemporaryDirectory(prefix="ztrl-engine-")
+        self._scratch = tempfile.TemporaryDirectory(prefix=f"{SCRATCH_PREFIX}{os.getpid()}-")
         with self._log_path.open("ab") as log:
             self._process = subprocess.Popen(
                 [sys.executable, str(Path(__file__).with_name("tether.py")), str(os.getpid()), *command],
@@ -141,6 +145,7 @@ class EngineServer:
             else:
                 raise EngineDied(f"engine {self.url} ended with code {code}\n{self.log_tail()}")
         self._end_reservations()
+        self._shared_files = _shared_files(_process_tree(self.pid))
 
     def _reserve(self, port: int | None) -> int:
         self._reservations.append(reserve_engine_port(self._host, port))
@@ -161,7 +166,7 @@ class EngineServer:
         if self._process is None:
             return
         tree = _process_tree(self._process.pid)
-        shared_files = _shared_files(tree)
+        shared_files = self._shared_files | _shared_files(tree)
         if self._device == "cuda" and self.alive:  # so that the schedulers give back GPU memory
             self._process.send_signal(signal.SIGTERM)
             with contextlib.suppress(subprocess.TimeoutExpired):  # then it is killed, with its children

@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from megatron_ztrl.engines.server import SCRATCH_PREFIX
+
 OBJECT_STORE_BYTES = 512 << 20
 """Of the embedded cluster: packed batches and log-probs, a few hundred KB each."""
 _DIRECTORY_PREFIX = "ztrl-ray-"
@@ -54,11 +56,12 @@ def ray_cluster() -> Iterator[None]:
 
 
 def _remove_directories_of_killed_runs() -> None:
-    """A driver that was killed could not remove its own."""
-    for directory in Path(tempfile.gettempdir()).glob(f"{_DIRECTORY_PREFIX}*-*"):
-        pid = directory.name.removeprefix(_DIRECTORY_PREFIX).partition("-")[0]
-        if pid.isdigit() and not Path("/proc", pid).exists():
-            shutil.rmtree(directory, ignore_errors=True)  # another user's is his to remove
+    """A driver that was killed could not remove its own, nor those of its engines."""
+    for prefix in (_DIRECTORY_PREFIX, SCRATCH_PREFIX):
+        for directory in Path(tempfile.gettempdir()).glob(f"{prefix}*-*"):
+            pid = directory.name.removeprefix(prefix).partition("-")[0]
+            if pid.isdigit() and not Path("/proc", pid).exists():
+                shutil.rmtree(directory, ignore_errors=True)  # another user's is his to remove
 
 
 def cluster_gpus() -> int:
