@@ -7,7 +7,6 @@ import dataclasses
 import random
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from statistics import fmean
 from types import TracebackType
 from typing import Any, Self
 
@@ -27,12 +26,12 @@ from megatron_ztrl.observability.rollout_log import RolloutLog
 from megatron_ztrl.rollout.deadlines import Deadlines
 from megatron_ztrl.rollout.journal import Journal, identity
 from megatron_ztrl.rollout.scheduler import RolloutScheduler, TakenGroups
-from megatron_ztrl.rollout.statistics import model_tokens, rollout_statistics
+from megatron_ztrl.rollout.step_metrics import step_metrics
 from megatron_ztrl.rollout.trajectory import Sampling
 from megatron_ztrl.runtime.checkpoints import CheckpointStore
 from megatron_ztrl.runtime.driver_state import DriverState
 from megatron_ztrl.runtime.system import System
-from megatron_ztrl.types import Prompt, Rollout, RolloutGroup
+from megatron_ztrl.types import Prompt, RolloutGroup
 
 _SHOWN_DAMAGE = 3
 """Files of a damaged journal that are named."""
@@ -171,29 +170,15 @@ class TrainingSession:
             statistics: One row for each mini-batch.
             clock: Of the step.
         """
-        rollouts = [rollout for group in taken.groups for rollout in group.rollouts]
-        seen = rollouts + [rollout for group in taken.dropped for rollout in group.rollouts]
-        metrics = {f"train/{key}": value for key, value in rollout_statistics(seen).items()}
-        metrics[names.TRAIN_REWARD] = metrics.get(names.TRAIN_ACCURACY, 0.0)
-        metrics[names.TRAIN_GROUPS_KEPT] = len(taken.groups)
-        metrics[names.TRAIN_GROUPS_DROPPED] = len(taken.dropped)
-        # The policy that made this step's update was version - 1.
-        metrics[names.TRAIN_STALENESS_MAX] = max(
-            version - 1 - rollout.oldest_version for rollout in rollouts if rollout.trainable
-        )
-        for key in statistics[0]:
-            metrics[names.LOSS_POLICY if key == "loss/loss" else key] = fmean(row[key] for row in statistics)
+        metrics = step_metrics(version, taken, statistics, clock)
         alarm = self.config.algorithm.mismatch_alarm
         if alarm is not None and names.MISMATCH_MEAN in metrics:
             warning = mismatch_warning(metrics, alarm, version)
             metrics[names.MISMATCH_ALARM] = float(warning is not None)
             if warning is not None:
                 self._progress.note(warning)
-        metrics |= _times(clock, rollouts)
-        seconds = clock.step_seconds()
-        metrics[names.THROUGHPUT_TOKENS] = model_tokens(seen) / seconds
-        metrics[names.THROUGHPUT_SAMPLES] = len(seen) / seconds
         self._metrics.log(metrics, step=version)
+        rollouts = [rollout for group in taken.groups for rollout in group.rollouts]
         sample = random.Random(version).sample(
             rollouts, min(self.config.logging.sample_rollouts, len(rollouts))
         )
@@ -279,21 +264,3 @@ def training_sampling(config: Config) -> Sampling:
         max_response_tokens=config.rollout.max_response_tokens,
         max_call_tokens=config.rollout.max_call_tokens,
     )
-
-
-def _times(clock: PhaseClock, rollouts: Sequence[Rollout]) -> dict[str, float]:
-    """Seconds by phase; the wait for rollouts is split as the rollouts spent their own time."""
-    tools = sum(rollout.tool_seconds for rollout in rollouts)
-    generate = sum(rollout.generate_seconds for rollout in rollouts)
-    tool_share = tools / (tools + generate) if tools else 0.0
-    waited = clock.seconds("rollout")
-    return {
-        names.TIME_STEP: clock.step_seconds(),
-        names.TIME_GENERATE: waited * (1 - tool_share),
-        names.TIME_TOOLS: waited * tool_share,
-        names.TIME_LOGPROBS: clock.seconds("logprobs"),
-        names.TIME_TRAIN: clock.seconds("train"),
-        names.TIME_PUBLISH: clock.seconds("publish"),
-        names.TIME_OTHER: clock.other_seconds() + clock.seconds("evaluation"),
-        names.TIME_EVALUATION: clock.seconds("evaluation"),
-    }

@@ -195,6 +195,7 @@ def _apply_sampled(header: Mapping[str, Any], arrays: bytes, rollout: Rollout) -
     split = count * _TOKEN.itemsize
     size = (len(arrays) - split) // max(count, 1)
     cut_tokens(rollout, header["start"])  # a stop may have taken back tokens of the call before
+    rollout.turns = [turn for turn in rollout.turns if turn.end <= header["start"]]
     append_sampled(
         rollout,
         np.frombuffer(arrays[:split], _TOKEN).tolist(),

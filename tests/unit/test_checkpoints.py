@@ -74,6 +74,22 @@ async def test_the_next_save_completes_the_one_before(tmp_path):
     assert (tmp_path / "step_000002" / "actor" / "weights").read_text() == "w"
 
 
+async def test_the_driver_is_told_of_a_checkpoint_once_it_is_the_latest(tmp_path):
+    told = []
+
+    def on_complete(state):
+        told.append((state["cursor"], store.latest().name))
+
+    store, weights = CheckpointStore(tmp_path, keep_last=1, on_complete=on_complete), Weights()
+    weights.is_written = False
+    await store.save(1, weights, {"cursor": "a"})
+    await store.complete_if_written()
+    assert told == []
+    await store.save(2, Weights(), {"cursor": "b"})
+    await store.complete()
+    assert told == [("a", "step_000001"), ("b", "step_000002")]
+
+
 async def test_a_failed_write_is_raised_at_the_next_step_and_harms_no_checkpoint(tmp_path):
     store = CheckpointStore(tmp_path, keep_last=1)
     await save(store, 1)

@@ -1,0 +1,151 @@
+"""Evaluation: what it measures, its share of the engines, and going on where it was interrupted."""
+
+import asyncio
+from types import SimpleNamespace
+
+import pytest
+
+from megatron_ztrl.config.schema import (
+    Config,
+    DataConfig,
+    DatasetConfig,
+    EngineConfig,
+    EvalConfig,
+    ModelConfig,
+    RunConfig,
+    TrainConfig,
+)
+from megatron_ztrl.envs.prompt_templates import get_template
+from megatron_ztrl.evaluate import Evaluator
+from megatron_ztrl.rollout.fleet import EngineFleet
+from megatron_ztrl.rollout.group import GroupRunner
+from megatron_ztrl.rollout.journal import Journal
+from megatron_ztrl.types import Completion, FinishReason, Prompt, VersionSpan
+
+EOS = 0
+DATASETS = {"easy": 2, "hard": 3}
+SAMPLES = 4
+
+
+class ByteTokenizer:
+    def encode(self, text, *, add_special_tokens=True):
+        return list(text.encode())
+
+    def decode(self, token_ids):
+        return bytes(token_ids).decode(errors="replace")
+
+
+class Echo:
+    """Answers with the prompt, one token per call; counts how many rollouts it has at once."""
+
+    def __init__(self, calls=None):
+        self.calls_left = calls
+        self.calls = 0
+        self.running = 0
+        self.most = 0
+        self.out_of_calls = asyncio.Event()
+
+    async def generate(self, input_ids, *, max_new_tokens, stop_patterns, temperature, top_p, request_id):
+        self.running += 1
+        self.most = max(self.most, self.running)
+        if self.calls == self.calls_left:
+            self.out_of_calls.set()
+            await asyncio.Event().wait()
+        self.calls += 1
+        await asyncio.sleep(0)
+        self.running -= 1
+        asked, _, answered = bytes(input_ids).partition(b"=")
+        token = [*asked, EOS][len(answered)]
+        return Completion(
+            token_ids=[token],
+            logprobs=[-0.5],
+            finish_reason=FinishReason.STOP if token == EOS else FinishReason.ABORT,
+            matched_stop=EOS if token == EOS else None,
+            version_spans=[VersionSpan(version=2, start=0, end=1)],
+            cached_tokens=0,
+        )
+
+
+async def score(text, ground_truth):
+    return float(ground_truth in text)
+
+
+def evaluator_on(engine, *, share=0.25):
+    config = Config(
+        run=RunConfig(directory="run"),
+        model=ModelConfig(path="model"),
+        data=DataConfig(train=DatasetConfig(name="d", path="d.jsonl"), prompt_template="plain"),
+        train=TrainConfig(num_steps=1),
+        engine=EngineConfig(max_running_requests=12),
+        eval=EvalConfig(samples_per_prompt=SAMPLES, beside_share=share),
+    )
+    fleet = EngineFleet([engine], max_concurrent_per_engine=12)
+
+    def group_runner(sampling):
+        return GroupRunner(
+            fleet=fleet,
+            tokenizer=ByteTokenizer(),
+            execute=None,
+            score=score,
+            template=get_template("plain"),
+            tool=config.tool,
+            sampling=sampling,
+        )
+
+    prompts = {
+        name: [
+            Prompt(
+                prompt_id=f"{name}:{row}",
+                problem="",
+                text=f"{name}{row}=",
+                ground_truth="easy",
+                data_source=name,
+            )
+            for row in range(count)
+        ]
+        for name, count in DATASETS.items()
+    }
+    system = SimpleNamespace(config=config, group_runner=group_runner, fleet=fleet)
+    return Evaluator(system, prompts)
+
+
+async def test_every_data_set_is_measured_by_itself():
+    metrics, rollouts = await evaluator_on(Echo()).evaluate(0)
+    assert metrics["easy/accuracy"] == metrics["easy/pass_at_k"] == 1.0
+    assert metrics["hard/accuracy"] == metrics["hard/pass_at_k"] == 0.0
+    assert len(rollouts) == SAMPLES * sum(DATASETS.values())
+
+
+@pytest.mark.parametrize(("share", "most"), [(0.25, 3), (0.01, 1), (1.0, 12)])
+async def test_beside_training_it_has_its_share_of_the_engines_and_no_more(share, most):
+    engine = Echo()
+    await evaluator_on(engine, share=share).evaluate(0, beside=True)
+    assert engine.most == most
+
+
+async def test_with_training_waiting_it_has_all_engines():
+    engine = Echo()
+    await evaluator_on(engine, share=0.01).evaluate(0)
+    assert engine.most == 12
+
+
+@pytest.mark.parametrize("calls", [0, 1, 17, 60, 100])
+async def test_an_interrupted_evaluation_asks_only_for_the_tokens_that_are_missing(tmp_path, calls):
+    whole = Echo()
+    expected = await evaluator_on(whole).evaluate(0)
+    first = Echo(calls)
+    journal = Journal(tmp_path, identity="evaluation")
+    interrupted = asyncio.create_task(evaluator_on(first).evaluate(0, journal=journal))
+    await first.out_of_calls.wait()
+    interrupted.cancel()
+    await asyncio.gather(interrupted, return_exceptions=True)
+    journal.close()
+    journal = Journal(tmp_path, identity="evaluation")
+    journal.restore(2)
+    second = Echo()
+    metrics, rollouts = await evaluator_on(second).evaluate(0, journal=journal)
+    journal.close()
+    assert metrics == expected[0]
+    assert [rollout.token_ids for rollout in rollouts] == [rollout.token_ids for rollout in expected[1]]
+    assert first.calls == calls
+    assert first.calls + second.calls == whole.calls
