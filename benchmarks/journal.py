@@ -1,8 +1,8 @@
 """What the journal costs: bytes for each token, time of the event loop, and time to read it back.
 
 Writes down a step of rollouts as `GroupRunner` would, in calls of up to 4,096 tokens and with tool replies, on the
-event loop of one process, and measures how long the loop is held up: by all records together, and by one. Then
-reads everything back, as a driver that was killed does.
+event loop of one process, and measures how long the loop is held up, in CPU time of its thread: by all records
+together, and by one. Then reads everything back, as a driver that is started again does.
 
     python benchmarks/journal.py [--json FILE]
 """
@@ -76,9 +76,9 @@ async def write(directory: Path, options: argparse.Namespace) -> dict[str, Any]:
         rollout, event, recorder = rollouts[key], next(events[key]), journal.recorder(*key)
         start = len(rollout.token_ids)
         _extend(rollout, event)
-        begun = time.perf_counter()
+        begun = time.thread_time()
         _record(recorder, rollout, event, start)
-        held_seconds.append(time.perf_counter() - begun)
+        held_seconds.append(time.thread_time() - begun)
         if len(held_seconds) % 16 == 0:
             await asyncio.sleep(0)  # the loop turns: a batch goes to the thread
     written = time.perf_counter()

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import socket
@@ -67,6 +68,7 @@ def test_ctrl_c_saves_and_a_resumed_asynchronous_run_keeps_its_staleness_bound(t
     process = ztrl(*arguments, f"train.num_steps={last}", "--resume")
     output, _ = process.communicate(timeout=300)
     assert process.returncode == 0, output
+    assert re.search(r"resumed [1-9]\d* rollouts with [1-9][\d,]* tokens from the journal", output), output
     train = rows(run, "train")
     assert [row["step"] for row in train] == list(range(1, last + 1))
     assert max(row["train/staleness_max"] for row in train) == 1
