@@ -30,15 +30,16 @@ from megatron_ztrl.weights.dist_checkpoint import reason_of
 class PendingSave:
     """A checkpoint that is being written by a thread of every rank.
 
-    The thread only writes files. Everything that ranks must agree on happens before it starts or in ``finish``,
-    in the thread that trains, so no collective can meet another one out of order.
+    The thread checks that the shards of all ranks cover every tensor once, which takes seconds for hundreds of
+    ranks, and writes files. Everything that ranks must tell each other happens before it starts or in ``finish``, in
+    the thread that trains, so no collective can meet another one out of order.
 
     Args:
         directory: Of the checkpoint.
         writer: Writes the shards.
         planner: Holds the copied tensors.
         plan: What this rank writes.
-        metadata: Of the whole checkpoint; on rank 0 only.
+        plans: What every rank writes; on rank 0 only.
     """
 
     def __init__(
@@ -47,13 +48,13 @@ class PendingSave:
         writer: FileSystemWriter,
         planner: MCoreSavePlanner,
         plan: SavePlan,
-        metadata: Metadata | None,
+        plans: list[SavePlan] | None,
     ) -> None:
         self._directory = directory
         self._writer = writer
-        self._metadata = metadata
+        self._metadata: Metadata | None = None
         thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
-        self._files = thread.submit(self._write, planner, plan)
+        self._files = thread.submit(self._write, planner, plan, plans)
         thread.shutdown(wait=False)
 
     def written(self) -> bool:
@@ -88,8 +89,10 @@ class PendingSave:
         return records
 
     def _write(
-        self, planner: MCoreSavePlanner, plan: SavePlan
+        self, planner: MCoreSavePlanner, plan: SavePlan, plans: list[SavePlan] | None
     ) -> tuple[list[WriteResult], dict[str, FileRecord]]:
+        if plans is not None:
+            _, self._metadata = planner.create_global_plan(plans)
         with _naming(self._directory / f"{plan.storage_data.prefix}0{DEFAULT_SUFFIX}"):
             shards = self._writer.write_data(plan, planner).value()
             return shards, {name: seal(self._directory / name) for name in _file_names(shards)}
@@ -133,15 +136,9 @@ class BackgroundSave(TorchDistSaveShardedStrategy):
         is_first = dist.get_rank() == 0
         planner.set_up_planner(mcore_to_pyt_state_dict(flat, False), writer.storage_meta(), is_first)
         writer.set_up_storage_writer(is_first)
-        local_plan = writer.prepare_local_plan(planner.create_local_plan())
+        plan = writer.prepare_local_plan(planner.create_local_plan())
         plans: list[Any] | None = [None] * dist.get_world_size() if is_first else None
-        dist.gather_object(local_plan, plans)
-        metadata: Metadata | None = None
-        if plans is not None:
-            plans, metadata = planner.create_global_plan(plans)
-            plans = writer.prepare_global_plan(plans)
-        mine: list[Any] = [None]
-        dist.scatter_object_list(mine, plans)
-        self.pending = PendingSave(
-            Path(checkpoint_dir), writer, planner, planner.finish_plan(mine[0]), metadata
-        )
+        dist.gather_object(plan, plans)
+        # No shard is in two plans, so every rank writes its own as it is, to the file of its number.
+        mine = writer.prepare_global_plan([plan] * (dist.get_rank() + 1))[-1]
+        self.pending = PendingSave(Path(checkpoint_dir), writer, planner, planner.finish_plan(mine), plans)

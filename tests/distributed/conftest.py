@@ -17,6 +17,7 @@ from cases import (
     FOUR_RANK_CASES,
     FOUR_RANK_CRITICS,
     TWO_RANK_CASES,
+    TWO_RANK_CASES_OF_THE_TABLE,
     TWO_RANK_CRITICS,
 )
 from launcher import launch
@@ -40,6 +41,8 @@ RESUME_PAIRS = [
     ("dp2-overlap", "dp2"),
     ("critic-tp2-sp", "critic-tp2-sp"),
     ("critic-pp2", "critic-dp2-overlap"),
+    ("dp2-all-reduce", "dp2-all-reduce"),
+    ("cp2", "tp2-sp"),
 ]
 
 
@@ -76,5 +79,6 @@ def parity(root: Path) -> dict[str, list[dict[str, Any]]]:
 @pytest.fixture(scope="session")
 def checkpoints(root: Path) -> list[dict[str, Any]]:
     """By rank, the uninterrupted and the resumed run of every pair, and what a failed write says."""
-    pairs = [(EVERY_CASE[saver], EVERY_CASE[loader]) for saver, loader in RESUME_PAIRS]
+    cases = EVERY_CASE | {case.name: case for case in TWO_RANK_CASES_OF_THE_TABLE}
+    pairs = [(cases[saver], cases[loader]) for saver, loader in RESUME_PAIRS]
     return launch(run_checkpoint_cases, 2, root, pairs)

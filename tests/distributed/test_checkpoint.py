@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+import json
+import math
+from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from torch.distributed.checkpoint import FileSystemReader
 
-from megatron_ztrl.trainer.integrity import find_damage
+from megatron_ztrl.trainer.cpu_compat import cuda_calls
+
+cuda_calls.install()
+
+from megatron_ztrl.trainer import checkpoint  # noqa: E402
+from megatron_ztrl.trainer.integrity import find_damage  # noqa: E402
+from megatron_ztrl.weights.hf_mapping import Architecture, ParallelLayout  # noqa: E402
 
 
 def test_resumed_run_equals_the_uninterrupted_one(
@@ -43,6 +54,34 @@ def test_every_file_of_a_checkpoint_has_a_record(
     directory = root / f"checkpoint-{'-'.join(pair)}"
     assert {path.name for path in directory.iterdir()} == set(records)
     assert find_damage(directory, records) is None
+
+
+def test_every_data_parallel_rank_writes_the_optimizer_state_that_it_has(
+    checkpoints: list[dict[str, Any]], root: Path
+) -> None:
+    metadata = FileSystemReader(root / "checkpoint-dp2-dp2").read_metadata()
+    states = {
+        name: entry for name, entry in metadata.state_dict_metadata.items() if "optimizer.state" in name
+    }
+    sizes = {(name, chunk.offsets): chunk.sizes for name, entry in states.items() for chunk in entry.chunks}
+    elements = Counter()
+    for index, where in metadata.storage_data.items():
+        if index.fqn in states:
+            elements[where.relative_path] += math.prod(sizes[index.fqn, index.offset])
+    assert sum(elements.values()) == sum(math.prod(entry.size) for entry in states.values())
+    # Half of the padded buffer each.
+    assert elements["__0_0.distcp"] == pytest.approx(elements["__1_0.distcp"], rel=0.01)
+
+
+def test_a_checkpoint_of_another_model_is_refused(checkpoints: list[dict[str, Any]], root: Path) -> None:
+    """Same shapes, other rotary base: nothing in the tensors would show it."""
+    config = json.loads((root / "qwen2" / "config.json").read_text())
+    changed = replace(Architecture.from_hf_config(config), rope_theta=1e6)
+    directory = root / "checkpoint-dp2-dp2"
+    with pytest.raises(
+        ValueError, match=r"is not of this model: rope theta: 10000.0 in the checkpoint, 1000000"
+    ):
+        checkpoint.load(directory, [], None, ParallelLayout(data_size=2), changed)
 
 
 def test_a_failed_write_is_raised_where_training_goes_on(

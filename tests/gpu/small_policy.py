@@ -94,9 +94,16 @@ def with_targets(packed: PackedBatch, old: list[np.ndarray]) -> PackedBatch:
     return with_per_token(with_per_token(packed, "old_logprobs", [old]), "advantages", advantages)
 
 
-@contextmanager
-def actor(checkpoint: Path, dtype: str = "bfloat16", **transformer: Any) -> Iterator[Any]:
-    """One rank of the policy, which leaves its world at the end."""
+def actor_rank(
+    checkpoint: Path,
+    rank: int,
+    world_size: int,
+    meeting: str,
+    dtype: str = "bfloat16",
+    transformer: dict[str, Any] | None = None,
+    **layout: int,
+) -> Any:
+    """One rank of the policy."""
     from megatron_ztrl.trainer.actor import ActorRank
 
     config = Config(
@@ -104,11 +111,17 @@ def actor(checkpoint: Path, dtype: str = "bfloat16", **transformer: Any) -> Iter
         model=ModelConfig(path=str(checkpoint), dtype=dtype),  # type: ignore[arg-type]
         data=DataConfig(train=DatasetConfig(name="unused", path="unused")),
         train=TrainConfig(num_steps=1),
-        actor=ActorConfig(max_tokens_per_microbatch=TOKENS, learning_rate=1e-4),
-        megatron=MegatronConfig(transformer=transformer),
+        actor=ActorConfig(max_tokens_per_microbatch=TOKENS, learning_rate=1e-4, **layout),
+        megatron=MegatronConfig(transformer=transformer or {}),
     )
+    return ActorRank(config, rank, world_size, meeting)
+
+
+@contextmanager
+def actor(checkpoint: Path, dtype: str = "bfloat16", **transformer: Any) -> Iterator[Any]:
+    """The only rank of a world, which it leaves at the end."""
     with tempfile.TemporaryDirectory() as directory:
-        rank = ActorRank(config, 0, 1, f"file://{directory}/meeting")
+        rank = actor_rank(checkpoint, 0, 1, f"file://{directory}/meeting", dtype, transformer)
         try:
             yield rank
         finally:
