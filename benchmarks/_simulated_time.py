@@ -54,11 +54,12 @@ def run_virtually(main: Coroutine[Any, Any, Result]) -> Result:
 class CpuMeter:
     """Tells the processor time of the driver's code from that of the simulation around it.
 
-    Both run in one thread. What runs inside ``simulation()`` is the simulation's, all the rest the driver's.
+    What runs inside ``simulation()`` is the simulation's, all the rest of the process, its threads included, the
+    driver's.
     """
 
     def __init__(self) -> None:
-        self._began = time.thread_time()
+        self._began = time.process_time()
         self._simulation_seconds = 0.0
 
     @contextlib.contextmanager
@@ -73,4 +74,4 @@ class CpuMeter:
     @property
     def driver_seconds(self) -> float:
         """So far."""
-        return time.thread_time() - self._began - self._simulation_seconds
+        return time.process_time() - self._began - self._simulation_seconds

@@ -1,7 +1,7 @@
 """Throughput of the real scheduler and rollout code at the scale of a 32B run, on simulated engines and executors.
 
-Real: `RolloutScheduler`, `GroupRunner`, `EngineFleet`, `run_rollout`, `PythonTool`, the engine client with its
-JSON, the pausing and resuming of engines, the tokenizer. Simulated, on a clock that jumps from event to event:
+Real: `RolloutScheduler`, `GroupRunner`, `EngineFleet`, `run_rollout`, `PythonTool`, `Journal`, the engine client with
+its JSON, the pausing and resuming of engines, the tokenizer. Simulated, on a clock that jumps from event to event:
 SGLang servers, Python programs, the trainer, the transfer of weights. Nothing is random but by seed, and every
 design rolls out the same responses.
 
@@ -34,56 +34,38 @@ import json
 import random
 import resource
 import sys
+import tempfile
 import zlib
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean
 from typing import Literal
 
-from _simulated_engine import EngineTiming, SimulatedClient, SimulatedEngine
-from _simulated_policy import SimulatedExecutors, SimulatedPolicy, Workload
+from _simulated_engine import SimulatedClient, SimulatedEngine
+from _simulated_policy import SimulatedExecutors, SimulatedPolicy
+from _simulated_scenario import (
+    Scenario,
+    generation_bound_seconds,
+    needed_prefill,
+    planned_scenario,
+    shared_gpus,
+)
 from _simulated_time import CpuMeter, run_virtually
 from rich.console import Console
 from rich.table import Table
 
-from megatron_ztrl.config.schema import ToolConfig
+from megatron_ztrl.config.schema import RolloutConfig, ToolConfig
 from megatron_ztrl.engines import interruption
 from megatron_ztrl.envs.prompt_templates import get_template
 from megatron_ztrl.rollout.fleet import EngineFleet
 from megatron_ztrl.rollout.group import GroupRunner
+from megatron_ztrl.rollout.journal import Journal
 from megatron_ztrl.rollout.scheduler import RolloutScheduler, TakenGroups
 from megatron_ztrl.rollout.trajectory import Sampling, Tokenizer
 from megatron_ztrl.types import Prompt, RolloutGroup
 
 TOKENIZER = Path(__file__).parents[1] / "examples" / "quickstart" / "base"
-MODEL = "qwen2.5-32b"
-ENGINE_GPUS, RUNNING_REQUESTS, GROUP_SIZE = 4, 64, 16
-ENGINES, TRAINER_GPUS = 32, 64
-
-
-@dataclass(frozen=True, kw_only=True)
-class Scenario:
-    """The machines and the work."""
-
-    workload: Workload
-    timing: EngineTiming
-    engines: int
-    executor_workers: int
-    groups_per_step: int
-    group_size: int
-    trainer_token_seconds: float
-    """Of the whole trainer, log-probs included; prompt and tool tokens count."""
-    publish_seconds: float
-    refused_share: float = 0.0
-    """Of groups, by the filter."""
-    steps: int
-    """That are measured, after as many as it takes to fill the pipeline."""
-
-    def trainer_seconds(self, groups: Sequence[RolloutGroup]) -> float:
-        """Log-probs and training of one step."""
-        tokens = sum(len(r.prompt_ids) + len(r.token_ids) for group in groups for r in group.rollouts)
-        return tokens * self.trainer_token_seconds
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,7 +135,9 @@ class _Run:
         """The training loop, as in ``megatron_ztrl.loop``."""
         scenario, design, loop = self._scenario, self._design, asyncio.get_running_loop()
         async with contextlib.AsyncExitStack() as stack:
-            scheduler, watch = await self._start(stack)
+            directory = stack.enter_context(tempfile.TemporaryDirectory())
+            journal = stack.enter_context(contextlib.closing(Journal(Path(directory), identity="simulated")))
+            scheduler, watch = await self._start(stack, journal)
             trained: list[RolloutGroup] = []
             worst_staleness = 0
             warm_up = design.max_staleness + 1
@@ -167,6 +151,7 @@ class _Run:
                 await asyncio.sleep(seconds)
                 await self._publish(version + 1)
                 scheduler.release(len(taken.groups))
+                journal.released([*taken.groups, *taken.dropped])
                 with self._meter.simulation():
                     on_step(version, taken)
                     oldest = min(r.oldest_version for group in taken.groups for r in group.rollouts)
@@ -178,7 +163,9 @@ class _Run:
             await scheduler.stop()
         return figures
 
-    async def _start(self, stack: contextlib.AsyncExitStack) -> tuple[RolloutScheduler, asyncio.Task[None]]:
+    async def _start(
+        self, stack: contextlib.AsyncExitStack, journal: Journal
+    ) -> tuple[RolloutScheduler, asyncio.Task[None]]:
         scenario, policy = self._scenario, self._policy
         self._engines = [
             SimulatedEngine(scenario.timing, policy, self._meter) for _ in range(scenario.engines)
@@ -193,8 +180,12 @@ class _Run:
             template=get_template("orz_tir"),
             tool=ToolConfig(run_timeout_seconds=scenario.workload.tool_timeout_seconds),
             sampling=Sampling(
-                temperature=1.0, top_p=1.0, max_response_tokens=scenario.workload.max_response_tokens
+                temperature=1.0,
+                top_p=1.0,
+                max_response_tokens=scenario.workload.max_response_tokens,
+                max_call_tokens=RolloutConfig.max_call_tokens,
             ),
+            journal=journal,
         )
 
         async def run_group(group_id: int, prompt: Prompt) -> RolloutGroup:
@@ -231,11 +222,11 @@ class _Run:
         if how == "drain":
             await asyncio.gather(*(engine.drain() for engine in self._engines))
         strategy: interruption.Strategy = "retract" if how == "drain" else how
-        await interruption.pause(self._clients, strategy)
+        await asyncio.gather(*(interruption.pause(client, strategy) for client in self._clients))
         await asyncio.sleep(self._scenario.publish_seconds)
         for engine in self._engines:
             engine.version = version
-        await interruption.resume(self._clients, strategy)
+        await asyncio.gather(*(interruption.resume(client, strategy) for client in self._clients))
 
     def _keeps(self, group: RolloutGroup) -> bool:
         seed = f"{self._scenario.workload.seed}/{group.group_id}"
@@ -266,7 +257,7 @@ class _Run:
             now - then for now, then in zip(self._totals(), totals_began, strict=True)
         )
         rollouts = [rollout for group in trained for rollout in group.rollouts]
-        needed = sum(_needed_prefill(group) for group in trained) / sum(sum(r.loss_mask) for r in rollouts)
+        needed = sum(needed_prefill(group) for group in trained) / sum(sum(r.loss_mask) for r in rollouts)
         mean_in_flight = fmean(self._in_flight)
         return Figures(
             step_seconds=seconds / scenario.steps,
@@ -287,27 +278,6 @@ class _Run:
         )
 
 
-def generation_bound_seconds(scenario: Scenario, groups: Sequence[RolloutGroup]) -> float:
-    """The least time for these groups, and those refused beside them: full batches, no prefix computed twice."""
-    timing = scenario.timing
-    sampled = context = 0
-    for rollout in (rollout for group in groups for rollout in group.rollouts):
-        for turn in rollout.turns:
-            tokens = turn.tool_start - turn.start
-            sampled += tokens
-            context += tokens * (2 * len(rollout.prompt_ids) + turn.start + turn.tool_start) // 2
-    batch = timing.max_running_requests
-    decode_seconds = sampled / batch * timing.decode_step_seconds(batch, batch * context / sampled)
-    prefill_seconds = sum(_needed_prefill(group) for group in groups) * timing.prefill_token_seconds
-    return (decode_seconds + prefill_seconds) / scenario.engines / (1 - scenario.refused_share)
-
-
-def _needed_prefill(group: RolloutGroup) -> int:
-    """Tokens that some engine has to read: the prompt once, and the tool replies that are followed by something."""
-    replies = sum(turn.end - turn.tool_start for rollout in group.rollouts for turn in rollout.turns)
-    return len(group.rollouts[0].prompt_ids) + replies
-
-
 def _prompt(number: int, text: str) -> Prompt:
     return Prompt(prompt_id=str(number), problem="", text=text, ground_truth="", data_source="simulated")
 
@@ -317,91 +287,11 @@ async def _score(text: str, ground_truth: str) -> float:
     return float(zlib.crc32(text.encode()) & 1)
 
 
-def planned_scenario(*, rollouts_in_flight: int, steps: int, seed: int, refused_share: float) -> Scenario:
-    """A 32B run on H100s, timed with the planner's numbers."""
-    from megatron_ztrl.config import schema
-    from megatron_ztrl.trainer.planner.engine import PublishBytes, engine_memory
-    from megatron_ztrl.trainer.planner.hardware import Hardware
-    from megatron_ztrl.trainer.planner.models import PRESETS
-    from megatron_ztrl.trainer.planner.step_time import Workload as PlannedWorkload
-    from megatron_ztrl.trainer.planner.step_time import matmul_parameters, step_times
-    from megatron_ztrl.weights.hf_mapping import Architecture
-
-    workload = Workload(seed=seed)
-    config = schema.Config(
-        run=schema.RunConfig(directory="."),
-        model=schema.ModelConfig(path=MODEL),
-        data=schema.DataConfig(train=schema.DatasetConfig(name="simulated", path="simulated")),
-        train=schema.TrainConfig(num_steps=1),
-        rollout=schema.RolloutConfig(
-            groups_per_step=ENGINES * RUNNING_REQUESTS // GROUP_SIZE,
-            group_size=GROUP_SIZE,
-            max_response_tokens=workload.max_response_tokens,
-        ),
-        actor=schema.ActorConfig(
-            tensor_parallel_size=8,
-            pipeline_parallel_size=4,
-            data_parallel_size=TRAINER_GPUS // 32,
-            sequence_parallel=True,
-            max_tokens_per_microbatch=workload.max_response_tokens + workload.prompt_tokens,
-        ),
-        engine=schema.EngineConfig(
-            count=ENGINES, tensor_parallel_size=ENGINE_GPUS, max_running_requests=RUNNING_REQUESTS
-        ),
-    )
-    hardware, architecture = Hardware(), Architecture.from_hf_config(PRESETS[MODEL])
-    memory = engine_memory(config, architecture, hardware)
-    received = memory.weight_bytes
-    publish = PublishBytes(
-        total_bytes=received * ENGINES * ENGINE_GPUS,
-        largest_sent_bytes=received * ENGINES * ENGINE_GPUS // TRAINER_GPUS,
-        largest_received_bytes=received,
-    )
-    planned = PlannedWorkload.of(
-        config, prompt_tokens=workload.prompt_tokens, response_tokens=workload.median_response_tokens * 1.5
-    )
-    _, logprobs, training, transfer = step_times(config, architecture, planned, memory, publish, hardware)
-    bandwidth = hardware.memory_bandwidth * hardware.decode_bandwidth_share
-    all_reduces = 2 * architecture.num_layers * hardware.all_reduce_seconds
-    flops = ENGINE_GPUS * hardware.flops * hardware.forward_flops_share
-    engines = max(1, round(rollouts_in_flight / RUNNING_REQUESTS))
-    return Scenario(
-        workload=workload,
-        timing=EngineTiming(
-            step_seconds=memory.weight_bytes / bandwidth + hardware.decode_overhead_seconds + all_reduces,
-            sequence_seconds=0.0,  # computing is faster than reading up to some 200 sequences
-            context_token_seconds=memory.kv_bytes_per_token / bandwidth,
-            prefill_token_seconds=2 * matmul_parameters(architecture) / flops,
-            max_running_requests=RUNNING_REQUESTS,
-        ),
-        engines=engines,
-        executor_workers=8 * engines,
-        groups_per_step=max(1, engines * RUNNING_REQUESTS // GROUP_SIZE),
-        group_size=GROUP_SIZE,
-        trainer_token_seconds=(logprobs.amount + training.amount) / planned.tokens * ENGINES / engines,
-        publish_seconds=transfer.amount,
-        refused_share=refused_share,
-        steps=steps,
-    )
-
-
-def shared_gpus(scenario: Scenario) -> Scenario:
-    """The same GPUs, all of them for generation and for training in turn."""
-    engine_gpus = scenario.engines * ENGINE_GPUS
-    trainer_gpus = TRAINER_GPUS * scenario.engines / ENGINES
-    share = trainer_gpus / (trainer_gpus + engine_gpus)
-    return replace(
-        scenario,
-        engines=round(scenario.engines / (1 - share)),
-        trainer_token_seconds=scenario.trainer_token_seconds * share,
-    )
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--rollouts-in-flight", type=int, default=ENGINES * RUNNING_REQUESTS)
+    parser.add_argument("--rollouts-in-flight", type=int, default=2048)
     parser.add_argument("--staleness", type=int, nargs="+", default=[4], help="S, several for a sweep")
     parser.add_argument(
         "--designs",
@@ -409,6 +299,7 @@ def main() -> int:
         choices=["interrupted", "drained", "barrier", "shared"],
         default=["interrupted", "drained", "barrier", "shared"],
     )
+    parser.add_argument("--trainer-replicas", type=int, default=3, help="DP of the trainer beside 32 engines")
     parser.add_argument("--steps", type=int, default=6, help="measured, after S + 1 that are not")
     parser.add_argument("--refused-share", type=float, default=0.0, help="of groups, by the filter")
     parser.add_argument("--seed", type=int, default=0)
@@ -418,6 +309,7 @@ def main() -> int:
 
     scenario = planned_scenario(
         rollouts_in_flight=options.rollouts_in_flight,
+        trainer_replicas=options.trainer_replicas,
         steps=options.steps,
         seed=options.seed,
         refused_share=options.refused_share,
@@ -425,7 +317,11 @@ def main() -> int:
     tokenizer = PolicyTokenizer(TOKENIZER)
     figures: dict[str, Figures] = {}
     for design in _designs(options.designs, options.staleness):
-        world = shared_gpus(scenario) if design.name.endswith("shared GPUs") else scenario
+        world = (
+            shared_gpus(scenario, options.trainer_replicas)
+            if design.name.endswith("shared GPUs")
+            else scenario
+        )
         figures[design.name] = simulate(world, design, tokenizer)
         print(f"{design.name}: {figures[design.name].rollouts_per_second:.2f} rollouts/s", file=sys.stderr)
     print_report(scenario, figures)

@@ -178,10 +178,10 @@ def test_a_publish_interrupts_between_two_tokens_and_computes_the_prefix_anew(
 
     async def publish(server: SimulatedEngine, client: SimulatedClient) -> None:
         await asyncio.sleep(0.3)
-        await interruption.pause([client], strategy)
+        await interruption.pause(client, strategy)
         await asyncio.sleep(0.2)
         server.version = 1
-        await interruption.resume([client], strategy)
+        await interruption.resume(client, strategy)
 
     async def main() -> None:
         server = engine(server_policy)
