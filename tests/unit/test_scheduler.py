@@ -95,6 +95,47 @@ async def test_no_more_groups_run_than_the_staleness_bound_admits():
     await scheduler.stop()
 
 
+async def test_what_a_step_does_not_take_is_the_next_steps_and_is_not_rolled_out_again():
+    started = []
+
+    async def run_group(group_id, prompt):
+        started.append(group_id)
+        return await finish_at_once(group_id, prompt)
+
+    scheduler = make(run_group, max_staleness=2)
+    scheduler.start()
+    await scheduler.take(4)
+    for expected in ([4, 5, 6, 7], [8, 9, 10, 11]):  # finished long ago: no release is needed for them
+        taken = await scheduler.take(4)
+        assert [group.group_id for group in taken.groups] == expected
+    assert started == list(range(12))
+    await scheduler.stop()
+
+
+async def test_long_groups_are_trained_in_their_turn_and_none_is_lost():
+    started, finished = [], []
+
+    async def run_group(group_id, prompt):
+        started.append(group_id)
+        for _ in range(200 if group_id % 10 == 3 else 1):
+            await asyncio.sleep(0)
+        finished.append(group_id)
+        return await finish_at_once(group_id, prompt)
+
+    scheduler = make(run_group, max_staleness=1)
+    scheduler.start()
+    trained = []
+    for _ in range(30):
+        trained += [group.group_id for group in (await scheduler.take(4)).groups]
+        scheduler.release(4)
+    await scheduler.stop()
+    assert trained == list(range(120))
+    assert finished != sorted(finished)  # short ones did finish first
+    assert started == sorted(set(started))  # and nobody started twice
+    # Nothing behind a long one started beyond the capacity before it was trained.
+    assert finished.index(3) == 7
+
+
 async def test_a_refused_group_is_reported_and_replaced():
     scheduler = make(finish_at_once, keep=lambda group: group.group_id != 2)
     scheduler.start()
