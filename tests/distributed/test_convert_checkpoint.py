@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conversions import assert_bitwise_equal, convert, layout_options, refuse, tensors
+from conversions import assert_bitwise_equal, convert, edit_config, layout_options, refuse, tensors
 from launcher import launch
 from random_policies import config
 
@@ -142,6 +143,19 @@ def test_a_runs_actor_converts_to_what_its_ranks_export(work: Path, tmp_path: Pa
         convert("megatron-to-hf", step / "actor", tmp_path / "hf") == 0
     )  # the run's config.yaml says of what
     assert_bitwise_equal(tensors(tmp_path / "hf"), tensors(work / "export-actor"))
+
+
+def test_a_saved_checkpoint_says_by_itself_what_it_is_of(
+    root: Path, work: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(work / "run" / "checkpoints" / "step_000002" / "actor", tmp_path / "alone")
+    assert convert("megatron-to-hf", tmp_path / "alone", tmp_path / "hf") == 0
+    assert_bitwise_equal(tensors(tmp_path / "hf"), tensors(work / "export-actor"))
+    assert (tmp_path / "hf" / "tokenizer.json").is_file()
+    shutil.copytree(root / "qwen2-tied", tmp_path / "like")
+    edit_config(tmp_path / "like", rms_norm_eps=1e-5)
+    arguments = ("megatron-to-hf", tmp_path / "alone", tmp_path / "out", "--like", tmp_path / "like")
+    assert "norm epsilon: 1e-06 in recorded, 1e-05 in --like" in refuse(capsys, tmp_path, *arguments)
 
 
 def test_a_critic_becomes_a_token_classifier(root: Path, work: Path, tmp_path: Path) -> None:

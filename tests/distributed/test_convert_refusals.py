@@ -170,6 +170,9 @@ def test_a_checkpoint_from_elsewhere_needs_like(
         capsys, tmp_path, "megatron-to-hf", tmp_path / "ckpt", tmp_path / "out"
     )
     assert convert("megatron-to-hf", tmp_path / "ckpt", tmp_path / "out", "--like", root / "qwen2") == 0
+    told = " ".join(capsys.readouterr().err.split())
+    assert "--like is believed in: family Qwen2, attention heads 4, key-value groups 2, head size 16" in told
+    assert "norm epsilon 1e-06, rope theta 10000.0, rope scaling none, max positions 256" in told
 
 
 def test_an_existing_output_is_left_alone(
