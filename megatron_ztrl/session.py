@@ -214,8 +214,10 @@ class TrainingSession:
         """Saves; after the last step also evaluates and exports. Returns whether it was the last."""
         await self.save(version)
         await self._store.complete()
-        await self.scheduler.stop()
         finished = version >= self.config.train.num_steps
+        if not finished:
+            await self.system.rollouts.engines.interrupt()  # what they have sampled goes into the journal
+        await self.scheduler.stop()
         if finished:
             await self.evaluations.start_if_due(version)
             await self.evaluations.finish()

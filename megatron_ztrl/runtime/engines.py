@@ -124,6 +124,11 @@ class RunEngines:
         if working.done():
             working.result()
 
+    async def interrupt(self) -> None:
+        """Ends all calls of rollouts, which get what has been sampled, and begins no more: before a run stops."""
+        serving = set(self.fleet.engines)
+        await asyncio.gather(*(self._empty(client) for client in self.clients if client in serving))
+
     async def scale(self, count: int) -> None:
         """Makes it ``count`` engines. Rollouts on one that goes keep their tokens and move to another.
 
