@@ -104,7 +104,7 @@ class _Request:
         token_ids = self.continuation.token_ids[: self.sampled]
         meta = {
             "finish_reason": finish_reason,
-            "output_token_logprobs": [[*pair, None] for pair in zip(_LOGPROBS, token_ids, strict=False)],
+            "output_token_logprobs": list(zip(_LOGPROBS, token_ids, itertools.repeat(None), strict=False)),
             "weight_versions": self.spans,
             "cached_tokens": self.cached_tokens,
         }
@@ -115,12 +115,13 @@ class _Request:
 class EngineTotals:
     """What an engine has done so far."""
 
+    calls: int = 0
+    request_bytes: int = 0
+    reply_bytes: int = 0
     sampled_tokens: int = 0
     prefilled_tokens: int = 0
     sequence_seconds: float = 0.0
     """Sum over the requests of the time that each was in the batch and decoding."""
-    peak_running: int = 0
-    peak_context_tokens: int = 0
 
 
 class SimulatedEngine:
@@ -134,6 +135,8 @@ class SimulatedEngine:
     def __init__(self, timing: EngineTiming, policy: Policy, meter: CpuMeter) -> None:
         self.timing = timing
         self.totals = EngineTotals()
+        self.peak_context_tokens = 0
+        """Of the batch."""
         self.version = 0
         """Of the weights; to be changed while no request runs."""
         self._policy = policy
@@ -158,6 +161,8 @@ class SimulatedEngine:
     async def generate(self, body: bytes) -> bytes:
         """``/generate``."""
         with self.meter.simulation():
+            self.totals.calls += 1
+            self.totals.request_bytes += len(body)
             parsed = orjson.loads(body)
             rollout_id = parsed["rid"].partition("-")[0]
             request = _Request(
@@ -227,8 +232,7 @@ class SimulatedEngine:
         if not self._running:
             self._context_tokens = 0.0  # without the rounding of many additions
             self._drained.set()
-        self.totals.peak_running = max(self.totals.peak_running, len(self._running))
-        self.totals.peak_context_tokens = max(self.totals.peak_context_tokens, round(self._context_tokens))
+        self.peak_context_tokens = max(self.peak_context_tokens, round(self._context_tokens))
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
@@ -285,7 +289,9 @@ class SimulatedEngine:
     def _answer(self, request: _Request, finish_reason: dict[str, Any]) -> None:
         self._policy.said(request.rollout_id, request.sampled)
         if not request.answer.done():
-            request.answer.set_result(request.reply(finish_reason))
+            reply = request.reply(finish_reason)
+            self.totals.reply_bytes += len(reply)
+            request.answer.set_result(reply)
 
 
 class SimulatedClient(EngineClient):

@@ -43,6 +43,7 @@ from statistics import fmean
 from typing import Literal
 
 from _simulated_engine import SimulatedClient, SimulatedEngine
+from _simulated_http import http_seconds_per_call
 from _simulated_policy import SimulatedExecutors, SimulatedPolicy
 from _simulated_scenario import (
     Scenario,
@@ -65,6 +66,7 @@ from megatron_ztrl.rollout.scheduler import RolloutScheduler, TakenGroups
 from megatron_ztrl.rollout.trajectory import Sampling, Tokenizer
 from megatron_ztrl.types import Prompt, RolloutGroup
 
+BARRIER, SHARED = "barrier", "barrier, shared GPUs"
 TOKENIZER = Path(__file__).parents[1] / "examples" / "quickstart" / "base"
 
 
@@ -96,12 +98,20 @@ class Figures:
     mean_in_flight: float
     peak_in_flight: int
     driver_cpu: float
-    """Share of one core per 1,000 rollouts in flight."""
+    """Share of one core per 1,000 rollouts in flight, HTTP left out."""
+    calls_per_second: float
+    request_bytes: int
+    """Mean of an engine call, as is the next."""
+    reply_bytes: int
     peak_context_tokens: int
     """Of one engine."""
     peak_memory_bytes: int
     groups: list[int]
     """That were trained, in order."""
+
+    def http_cpu(self, seconds_per_call: float) -> float:
+        """Share of one core per 1,000 rollouts in flight."""
+        return seconds_per_call * self.calls_per_second / self.mean_in_flight * 1000
 
     @property
     def of_the_bound(self) -> float:
@@ -133,7 +143,7 @@ class _Run:
 
     async def measure(self, on_step: OnStep) -> Figures:
         """The training loop, as in ``megatron_ztrl.loop``."""
-        scenario, design, loop = self._scenario, self._design, asyncio.get_running_loop()
+        scenario, design = self._scenario, self._design
         async with contextlib.AsyncExitStack() as stack:
             directory = stack.enter_context(tempfile.TemporaryDirectory())
             journal = stack.enter_context(contextlib.closing(Journal(Path(directory), identity="simulated")))
@@ -143,7 +153,7 @@ class _Run:
             warm_up = design.max_staleness + 1
             for version in range(warm_up + scenario.steps):
                 if version == warm_up:
-                    began = loop.time(), self._meter.driver_seconds, self._trainer_seconds, self._totals()
+                    spent_before = self._spent()
                     self._in_flight.clear()
                 taken = await scheduler.take(scenario.groups_per_step)
                 seconds = scenario.trainer_seconds(taken.groups)
@@ -158,7 +168,7 @@ class _Run:
                     worst_staleness = max(worst_staleness, version - oldest)
                     if version >= warm_up:
                         trained += taken.groups
-            figures = self._figures(trained, worst_staleness, *began)
+            figures = self._figures(trained, worst_staleness, spent_before)
             watch.cancel()
             await scheduler.stop()
         return figures
@@ -232,47 +242,41 @@ class _Run:
         seed = f"{self._scenario.workload.seed}/{group.group_id}"
         return random.Random(seed).random() >= self._scenario.refused_share
 
-    def _totals(self) -> tuple[int, float, int]:
-        """Of all engines: tokens sampled, seconds of all sequences, tokens prefilled."""
-        totals = [engine.totals for engine in self._engines]
-        return (
-            sum(each.sampled_tokens for each in totals),
-            sum(each.sequence_seconds for each in totals),
-            sum(each.prefilled_tokens for each in totals),
-        )
+    def _spent(self) -> dict[str, float]:
+        """So far: virtual seconds, the driver's processor seconds, the trainer's seconds, and the engines' totals."""
+        engines = [asdict(engine.totals) for engine in self._engines]
+        return {
+            "seconds": asyncio.get_running_loop().time(),
+            "driver": self._meter.driver_seconds,
+            "trainer": self._trainer_seconds,
+        } | {key: sum(totals[key] for totals in engines) for key in engines[0]}
 
     def _figures(
-        self,
-        trained: list[RolloutGroup],
-        worst_staleness: int,
-        began: float,
-        driver_began: float,
-        trainer_began: float,
-        totals_began: tuple[int, float, int],
+        self, trained: list[RolloutGroup], worst_staleness: int, spent_before: dict[str, float]
     ) -> Figures:
         scenario = self._scenario
-        seconds = asyncio.get_running_loop().time() - began
-        driver_seconds = self._meter.driver_seconds - driver_began
-        sampled, sequence_seconds, prefilled = (
-            now - then for now, then in zip(self._totals(), totals_began, strict=True)
-        )
+        spent = {key: now - spent_before[key] for key, now in self._spent().items()}
+        seconds, calls = spent["seconds"], spent["calls"]
         rollouts = [rollout for group in trained for rollout in group.rollouts]
         needed = sum(needed_prefill(group) for group in trained) / sum(sum(r.loss_mask) for r in rollouts)
-        mean_in_flight = fmean(self._in_flight)
+        in_flight = fmean(self._in_flight)
         return Figures(
             step_seconds=seconds / scenario.steps,
             rollouts_per_second=len(rollouts) / seconds,
-            sampled_tokens_per_second=sampled / seconds,
-            trainer_busy=(self._trainer_seconds - trainer_began) / seconds,
-            mean_batch=sequence_seconds / seconds / scenario.engines,
-            recomputed=prefilled / sampled - needed,
+            sampled_tokens_per_second=spent["sampled_tokens"] / seconds,
+            trainer_busy=spent["trainer"] / seconds,
+            mean_batch=spent["sequence_seconds"] / seconds / scenario.engines,
+            recomputed=spent["prefilled_tokens"] / spent["sampled_tokens"] - needed,
             worst_staleness=worst_staleness,
             bound_generation_seconds=generation_bound_seconds(scenario, trained) / scenario.steps,
             bound_training_seconds=scenario.trainer_seconds(trained) / scenario.steps,
-            mean_in_flight=mean_in_flight,
+            mean_in_flight=in_flight,
             peak_in_flight=max(self._in_flight),
-            driver_cpu=driver_seconds / seconds / mean_in_flight * 1000,
-            peak_context_tokens=max(engine.totals.peak_context_tokens for engine in self._engines),
+            driver_cpu=spent["driver"] / seconds / in_flight * 1000,
+            calls_per_second=calls / seconds,
+            request_bytes=round(spent["request_bytes"] / calls),
+            reply_bytes=round(spent["reply_bytes"] / calls),
+            peak_context_tokens=max(engine.peak_context_tokens for engine in self._engines),
             peak_memory_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
             groups=[group.group_id for group in trained],
         )
@@ -317,17 +321,16 @@ def main() -> int:
     tokenizer = PolicyTokenizer(TOKENIZER)
     figures: dict[str, Figures] = {}
     for design in _designs(options.designs, options.staleness):
-        world = (
-            shared_gpus(scenario, options.trainer_replicas)
-            if design.name.endswith("shared GPUs")
-            else scenario
-        )
-        figures[design.name] = simulate(world, design, tokenizer)
-        print(f"{design.name}: {figures[design.name].rollouts_per_second:.2f} rollouts/s", file=sys.stderr)
-    print_report(scenario, figures)
+        shared = design.name == SHARED
+        world = shared_gpus(scenario, options.trainer_replicas) if shared else scenario
+        figures[design.name] = measured = simulate(world, design, tokenizer)
+        print(f"{design.name}: {measured.rollouts_per_second:.2f} rollouts/s", file=sys.stderr)
+    first = next(iter(figures.values()))
+    http_seconds = http_seconds_per_call(first.request_bytes, first.reply_bytes)
+    print_report(scenario, figures, http_seconds)
     if options.json:
         rows = {name: asdict(each) | {"of_the_bound": each.of_the_bound} for name, each in figures.items()}
-        report = {"scenario": asdict(scenario), "designs": rows}
+        report = {"scenario": asdict(scenario), "http_seconds_per_call": http_seconds, "designs": rows}
         options.json.write_text(json.dumps(report, indent=2) + "\n")
     return 0
 
@@ -341,60 +344,47 @@ def _designs(names: Sequence[str], staleness: Sequence[int]) -> list[Design]:
     if "drained" in names:
         found += [Design(name=f"drained, S = {s}", max_staleness=s, interruption="drain") for s in staleness]
     if "barrier" in names:
-        found.append(Design(name="barrier", max_staleness=0, interruption="retract"))
+        found.append(Design(name=BARRIER, max_staleness=0, interruption="retract"))
     if "shared" in names:
-        found.append(Design(name="barrier, shared GPUs", max_staleness=0, interruption="retract"))
+        found.append(Design(name=SHARED, max_staleness=0, interruption="retract"))
     return found
 
 
-def print_report(scenario: Scenario, figures: dict[str, Figures]) -> None:
-    """A table, one row for each design."""
+def print_report(scenario: Scenario, figures: dict[str, Figures], http_seconds: float) -> None:
+    """A table, one column for each design."""
     timing, console = scenario.timing, Console()
     batch = timing.max_running_requests
     console.print(
         f"{scenario.engines} engines: a decode step of {batch} sequences with 3,000 tokens each takes"
         f" {timing.decode_step_seconds(batch, batch * 3000) * 1e3:.1f} ms, prefill"
-        f" {1 / timing.prefill_token_seconds:,.0f} tokens/s; publish {scenario.publish_seconds:.1f} s;"
+        f" {1 / timing.prefill_token_seconds:,.0f} tokens/s; publish {scenario.publish_seconds:.2f} s;"
         f" {scenario.groups_per_step} groups of {scenario.group_size} per step"
     )
-    table = Table(
-        "design",
-        "step s",
-        "rollouts/s",
-        "tokens/s",
-        "x barrier",
-        "of bound",
-        "trainer busy",
-        "batch",
-        "KV again",
-        "worst S",
-        "in flight",
-        "CPU/1,000",
-        "memory",
-    )
-    barrier = figures.get("barrier")
-    for name, each in figures.items():
-        table.add_row(
-            name,
-            f"{each.step_seconds:.1f}",
-            f"{each.rollouts_per_second:.2f}",
-            f"{each.sampled_tokens_per_second:,.0f}",
-            f"{each.rollouts_per_second / barrier.rollouts_per_second:.2f}" if barrier else "",
-            f"{each.of_the_bound:.3f}",
-            f"{each.trainer_busy:.0%}",
-            f"{each.mean_batch:.1f}",
-            f"{each.recomputed:.2f}",
-            f"{each.worst_staleness}",
-            f"{each.mean_in_flight:,.0f} / {each.peak_in_flight:,}",
-            f"{each.driver_cpu:.1%}",
-            f"{each.peak_memory_bytes / 1e9:.1f} GB",
-        )
+    barrier = figures.get(BARRIER)
+    table = Table("figure", *figures)
+
+    def row(name: str, value: Callable[[Figures], str]) -> None:
+        table.add_row(name, *(value(each) for each in figures.values()))
+
+    row("seconds per step", lambda f: f"{f.step_seconds:.1f}")
+    row("rollouts per second", lambda f: f"{f.rollouts_per_second:.2f}")
+    row("sampled tokens per second", lambda f: f"{f.sampled_tokens_per_second:,.0f}")
+    if barrier is not None:
+        row("x barrier", lambda f: f"{f.rollouts_per_second / barrier.rollouts_per_second:.2f}")
+    row("bound: generation, seconds per step", lambda f: f"{f.bound_generation_seconds:.1f}")
+    row("bound: training, seconds per step", lambda f: f"{f.bound_training_seconds:.1f}")
+    row("share of the bound", lambda f: f"{f.of_the_bound:.3f}")
+    row("trainer busy", lambda f: f"{f.trainer_busy:.1%}")
+    row(f"sequences decoding per engine, of {batch}", lambda f: f"{f.mean_batch:.1f}")
+    row("tokens computed again per sampled token", lambda f: f"{f.recomputed:.2f}")
+    row("worst staleness", lambda f: str(f.worst_staleness))
+    row("rollouts in flight, mean", lambda f: f"{f.mean_in_flight:,.0f}")
+    row("rollouts in flight, peak", lambda f: f"{f.peak_in_flight:,}")
+    row("most tokens in one engine's batch", lambda f: f"{f.peak_context_tokens:,}")
+    row("driver, of a core per 1,000 in flight", lambda f: f"{f.driver_cpu:.1%}")
+    row("HTTP beside it, likewise", lambda f: f"{f.http_cpu(http_seconds):.1%}")
+    row("memory of driver and simulation, GB", lambda f: f"{f.peak_memory_bytes / 1e9:.2f}")
     console.print(table)
-    for name, each in figures.items():
-        console.print(
-            f"{name}: bound {each.bound_generation_seconds:.1f} s generation, {each.bound_training_seconds:.1f} s"
-            f" training per step; an engine held at most {each.peak_context_tokens:,} tokens"
-        )
 
 
 if __name__ == "__main__":
