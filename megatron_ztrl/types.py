@@ -147,7 +147,7 @@ class Rollout:
     @property
     def oldest_version(self) -> int:
         """The oldest weight version among the sampled tokens."""
-        return min(version for version in self.weight_versions if version != NOT_SAMPLED)
+        return min(set(self.weight_versions) - {NOT_SAMPLED})
 
     @property
     def trainable(self) -> bool:
