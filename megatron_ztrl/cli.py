@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import errno
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 SOMETHING_MISSING = 1
 USER_ERROR = 2
 INTERRUPTED = 130
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _OUR_PACKAGES = ("megatron_ztrl", "ztrl_sandbox", "__main__")
 
 _EXAMPLES = """\
@@ -38,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return options.command(options)
     except KeyboardInterrupt:
         return INTERRUPTED
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:
         if os.environ.get("ZTRL_TRACEBACK") == "1" or not _is_for_the_user(error):
             raise
         for line in str(error).splitlines():
@@ -227,7 +229,12 @@ def _refuse_to_mix_runs(config: Config, resume: bool) -> None:
 
 
 def _is_for_the_user(error: Exception) -> bool:
-    """Whether our own code raised it; one out of torch or Megatron is a bug, and keeps its traceback."""
+    """Whether our own code raised it; one out of torch or Megatron is a bug, and keeps its traceback.
+
+    A full disk is nobody's bug, wherever it was noticed.
+    """
+    if isinstance(error, OSError) and error.errno in _DISK_FULL:
+        return True
     innermost: TracebackType | None = error.__traceback__
     while innermost is not None and innermost.tb_next is not None:
         innermost = innermost.tb_next

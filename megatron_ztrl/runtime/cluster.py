@@ -86,12 +86,12 @@ def node_address() -> str:
 
 
 async def user_facing(reference: Any) -> Any:
-    """The result of a remote call whose ValueErrors are for the user: those are raised as themselves."""
+    """The result of a remote call whose ValueErrors and OSErrors are for the user: they are raised as themselves."""
     from ray.exceptions import RayTaskError
 
     try:
         return await reference
     except RayTaskError as error:
-        if isinstance(error.cause, ValueError):
+        if isinstance(error.cause, ValueError | OSError):
             raise error.cause from error
         raise

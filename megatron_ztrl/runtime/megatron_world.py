@@ -19,7 +19,7 @@ from megatron_ztrl.data.packing import PackedBatch
 from megatron_ztrl.engines.ports import port_of, reserve_port
 from megatron_ztrl.engines.weight_group import WeightGroup
 from megatron_ztrl.engines.weight_stream import Link
-from megatron_ztrl.runtime.cluster import cluster_gpus, node_address
+from megatron_ztrl.runtime.cluster import cluster_gpus, node_address, user_facing
 from megatron_ztrl.trainer.integrity import FileRecord
 from megatron_ztrl.trainer.topology import parallel_layout
 from megatron_ztrl.types import TensorSlice
@@ -108,10 +108,12 @@ class MegatronWorld:
     async def build(self) -> None:
         """Starts all ranks and loads the first weights into their shards."""
         init_method = await self._ranks[0].rendezvous.remote()
-        roles = await asyncio.gather(
-            *(
-                rank.build.remote(self._role, self._config, index, self._world_size, init_method)
-                for index, rank in enumerate(self._ranks)
+        roles = await user_facing(
+            asyncio.gather(
+                *(
+                    rank.build.remote(self._role, self._config, index, self._world_size, init_method)
+                    for index, rank in enumerate(self._ranks)
+                )
             )
         )
         outputs = {dp_rank: index for index, (dp_rank, is_output) in enumerate(roles) if is_output}
@@ -168,20 +170,21 @@ class MegatronWorld:
         return await asyncio.gather(*(rank.broadcast_weights.remote(shared) for rank in self._ranks))
 
     async def save_checkpoint(self, directory: Path) -> None:
-        await self.call("save_checkpoint", directory)
+        await user_facing(self.call("save_checkpoint", directory))
 
     async def checkpoint_written(self) -> bool:
-        return all(await self.call("checkpoint_written"))
+        return all(await user_facing(self.call("checkpoint_written")))
 
     async def finish_checkpoint(self) -> dict[str, FileRecord]:
         """Waits for the files of ``save_checkpoint``. Returns their records by name."""
-        return {name: file for files in await self.call("finish_checkpoint") for name, file in files.items()}
+        by_rank = await user_facing(self.call("finish_checkpoint"))
+        return {name: file for files in by_rank for name, file in files.items()}
 
     async def load_checkpoint(self, directory: Path) -> None:
-        await self.call("load_checkpoint", directory)
+        await user_facing(self.call("load_checkpoint", directory))
 
     async def export_hf(self, directory: Path) -> None:
-        await self.call("export_hf", directory)
+        await user_facing(self.call("export_hf", directory))
 
     async def call(self, method: str, *args: Any, **kwargs: Any) -> list[Any]:
         """Calls a method on all ranks at once.

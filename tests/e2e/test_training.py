@@ -4,12 +4,16 @@ import json
 import math
 import os
 import re
+import resource
 import shutil
 import signal
 import socket
 
+import psutil
 import pytest
 from running import GREEDY, QUICKSTART, SMALL, assert_nothing_left, rows, ztrl
+
+from megatron_ztrl.runtime.checkpoints import CheckpointStore, verify
 
 
 def test_a_synchronous_run_trains_on_policy_publishes_and_exports(tmp_path, marker):
@@ -122,3 +126,25 @@ def test_a_row_without_an_answer_is_named_with_its_file(tmp_path):
     assert process.returncode == 2, output
     assert f"{rows}:2: no key 'answer'" in output
     assert len(output.splitlines()) == 1
+
+
+@pytest.mark.slow
+def test_a_full_disk_ends_a_run_in_one_line_with_its_last_checkpoint_unharmed(tmp_path, marker):
+    run = tmp_path / "run"
+    options = ("train.num_steps=1000", "checkpoint.interval_steps=1", *SMALL)
+    process = ztrl("train", str(QUICKSTART), f"run.directory={run}", *options)
+    for line in process.stdout:
+        if line.startswith("step 3/"):  # two checkpoints are complete
+            break
+    for rank in psutil.process_iter(["cmdline", "environ"]):
+        is_ours = marker in (rank.info["environ"] or {}).get("ZTRL_TEST_MARKER", "")
+        if is_ours and "RankProcess" in " ".join(rank.info["cmdline"] or []):
+            _, most = resource.prlimit(rank.pid, resource.RLIMIT_FSIZE)
+            resource.prlimit(rank.pid, resource.RLIMIT_FSIZE, (500_000, most))  # a disk with no more room
+    output = process.stdout.read()
+    assert process.wait(timeout=120) == 2, output
+    last = output.splitlines()[-1]
+    assert re.fullmatch(r"error: .*/actor/__\d_0.distcp could not be written: .*File too large", last), output
+    assert "Traceback" not in output
+    verify(CheckpointStore(run / "checkpoints", keep_last=1).latest())
+    assert_nothing_left(marker)

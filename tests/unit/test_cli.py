@@ -141,6 +141,17 @@ def test_an_interrupted_command_ends_with_130(monkeypatch: pytest.MonkeyPatch, c
     assert cli.main(["train", str(config)]) == cli.INTERRUPTED
 
 
+def test_a_disk_that_is_full_is_one_line_wherever_it_was_noticed(
+    monkeypatch: pytest.MonkeyPatch, config: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def write(path: Path, overrides: list[str]) -> None:
+        Path("/dev/full").write_text("x")
+
+    monkeypatch.setattr(cli, "_load", write)
+    assert cli.main(["train", str(config)]) == cli.USER_ERROR
+    assert capsys.readouterr().err == "error: [Errno 28] No space left on device\n"
+
+
 def test_a_bug_keeps_its_traceback_and_a_users_mistake_does_not() -> None:
     def our_own() -> None:
         from megatron_ztrl.config.load import load_config
