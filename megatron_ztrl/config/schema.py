@@ -183,7 +183,8 @@ class WorldConfig(Section):
     """Model chunks of each pipeline stage; more than 1 is Megatron's interleaved schedule."""
     data_parallel_size: int = 1
     context_parallel_size: int = 1
-    """Ranks that share every sequence: each has ``1 / N`` of its tokens and activations."""
+    """Ranks that share every sequence: each has ``1 / N`` of its tokens and activations. For Transformer Engine, which
+    exchanges keys and values while it computes; the local layers gather them, and gain nothing."""
     sequence_parallel: bool = False
     max_tokens_per_microbatch: int = 16384
     """Padded tokens of one packed microbatch; also the longest sequence that can be trained."""
