@@ -1,8 +1,9 @@
 """Rollouts on the real engine while every publish brings other weights: is every token accounted for and exact?
 
-Rollouts of the quickstart call the real sandbox. Meanwhile a trainer that only sends publishes one version after
-the other (the policy with all its weights changed a little, drawn from the version's number), at random moments:
-at any time, while snippets run, right before a request is sent, and at once after the publish before. Then
+Rollouts of a policy that calls the tool all the time (``_calling_policy``) run in the real engine and sandbox.
+Meanwhile a trainer that only sends publishes one version after the other (all weights changed a little, drawn from
+the version's number), at random moments: at any time, while snippets run, right before a request is sent, and at
+once after the publish before. Then
 
 - every token that the server returned must be in a rollout once, or be one that was sampled past the end of a
   code block;
@@ -29,12 +30,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from _calling_policy import save_calling_policy
 from _exactness import check_logprobs, check_record
 from _interrupted_rollouts import STATES, Record, interrupt_rollouts
 from _sending_trainer import Policies, SendingTrainer
 from rich.console import Console
 from rich.table import Table
-from transformers import AutoModelForCausalLM
 from ztrl_sandbox.client import ExecutorClient
 from ztrl_sandbox.process import ExecutorServer
 
@@ -48,13 +49,12 @@ from megatron_ztrl.rollout.statistics import model_tokens
 
 ROOT = Path(__file__).parents[1]
 CONFIG = ROOT / "examples" / "quickstart" / "config.yaml"
-TRAINED = ROOT / "runs" / "quickstart" / "policy"
-BASE = ROOT / "examples" / "quickstart" / "base"
 STRATEGIES = ("retract", "abort", "in_place")
 EXACT = ("retract", "abort")
 PROMPTS = 64
-ROLLOUTS = ("rollout.temperature=2.0", "rollout.env_iterations=4", "rollout.max_response_tokens=160")
-"""A trained policy is so sure of itself that its versions could not be told apart at temperature 1."""
+ROLLOUTS = ("rollout.env_iterations=4", "rollout.max_response_tokens=160")
+NOISE = 0.03
+"""Relative, between versions."""
 
 
 def main() -> int:
@@ -82,13 +82,6 @@ def _parse() -> argparse.Namespace:
     parser.add_argument(
         "--mean-interval-seconds", type=float, default=0.1, help="of the publishes at any time"
     )
-    parser.add_argument("--noise", type=float, default=0.1, help="relative, between versions")
-    parser.add_argument(
-        "--model",
-        type=Path,
-        default=TRAINED if TRAINED.is_dir() else BASE,
-        help="a policy that calls the tool",
-    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, help="write the figures here")
     return parser.parse_args()
@@ -99,21 +92,21 @@ def _run(strategy: str, options: argparse.Namespace) -> dict[str, Any]:
     torch.set_num_threads(1)
     console = Console(stderr=True)
     with tempfile.TemporaryDirectory() as directory:
+        model_path = Path(directory) / "model"
+        policies = Policies(save_calling_policy(model_path), NOISE)
+        tokenizer = PolicyTokenizer(model_path)
         config = load_config(
             CONFIG,
             [
                 f"run.directory={directory}",
-                f"model.path={options.model.resolve()}",
+                f"model.path={model_path}",
                 f"engine.max_running_requests={options.running}",
                 f"publish.interruption={strategy}",
                 "publish.verify_interval_steps=10",
                 *ROLLOUTS,
             ],
         )
-        base = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32)
-        policies = Policies(base, options.noise)
-        tokenizer = PolicyTokenizer(options.model)
-        console.print(f"{strategy}: {options.interrupts} interrupts of {options.model}")
+        console.print(f"{strategy}: {options.interrupts} interrupts")
         record = asyncio.run(_interrupted(config, policies, tokenizer, options))
     console.print(f"{strategy}: computing {model_tokens(record.rollouts)} log-probs again")
     return _figures(record, policies, tokenizer, config.rollout.temperature)

@@ -6,9 +6,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from calling_policy import tool_calling_qwen2
 from engine_configs import engine_config
-from tiny_model import logprobs_under, random_qwen2
+from tiny_model import byte_tokenizer, logprobs_under, random_qwen2
 from ztrl_sandbox.client import ExecutorClient
 from ztrl_sandbox.process import ExecutorServer
 
@@ -20,6 +19,7 @@ from megatron_ztrl.types import Prompt
 from megatron_ztrl.weights.publish import WeightPublisher
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+from _calling_policy import call_the_tool
 from _exactness import check_logprobs, check_record
 from _interrupted_rollouts import interrupt_rollouts
 from _sending_trainer import Policies, SendingTrainer
@@ -29,6 +29,13 @@ INTERRUPTS = 40
 IN_FLIGHT = 40
 """Above what the server runs: some always wait in it."""
 PREFIX = list(range(10, 74))
+SCRIPT = ["```", "python", "Ċ", "7", "```Ċ"]
+"""As byte-level BPE spells the tokens of a call; "Ċ" is a newline."""
+
+
+def calling_policies():
+    script = byte_tokenizer().convert_tokens_to_ids(SCRIPT)
+    return Policies(call_the_tool(random_qwen2(0), script), noise=0.03)
 
 
 def with_strategy(config, strategy):
@@ -68,7 +75,7 @@ async def interrupted(config, server, run_directory, policies, interrupts):
 async def test_interrupted_rollouts_are_what_the_server_returned_and_hugging_face_computes(
     strategy, config, model, server, run_directory
 ):
-    policies = Policies(tool_calling_qwen2(), noise=0.1)
+    policies = calling_policies()
     config = with_strategy(config, strategy)
     record, findings = await interrupted(config, server, run_directory, policies, INTERRUPTS)
     wrong = (findings.wrong_tokens, findings.wrong_masks, findings.wrong_versions)
@@ -149,7 +156,7 @@ async def test_in_place_loses_nothing_but_is_inexact_and_gives_no_old_kv_to_new_
     in_place_server, run_directory
 ):
     config, server = in_place_server
-    policies = Policies(tool_calling_qwen2(), noise=0.1)
+    policies = calling_policies()
     record, findings = await interrupted(config, server, run_directory, policies, INTERRUPTS)
     assert findings.exact
     assert check_logprobs(record.rollouts, policies, temperature=1.0).over_limit > 100
