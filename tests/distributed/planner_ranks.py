@@ -12,13 +12,15 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 from activation_memory import Case, measure_peak
 
+from megatron_ztrl.trainer.topology import parallel_layout
 
-def layout(name: str, case: Case, dp: int = 1, **ddp: Any) -> tuple[Case, Any]:
-    """A case and its configuration, spread over ``dp`` replicas."""
+
+def layout(name: str, case: Case, dp: int = 1, cp: int = 1, **ddp: Any) -> tuple[Case, Any]:
+    """A case and its configuration, spread over ``dp`` replicas of ``cp`` ranks that share sequences."""
     config = case.config()
     return replace(case, name=name), replace(
         config,
-        actor=replace(config.actor, data_parallel_size=dp),
+        actor=replace(config.actor, data_parallel_size=dp, context_parallel_size=cp),
         megatron=replace(config.megatron, ddp=ddp),
     )
 
@@ -30,6 +32,7 @@ STATES = [
     layout("float32", replace(SMALL, dtype="float32"), dp=2),
     layout("data parallel 3", SMALL, dp=3),
     layout("data parallel 3, in buckets", SMALL, dp=3, **BUCKETS),
+    layout("context parallel 3", SMALL, cp=3),
     layout("data parallel 3, no distributed optimizer", SMALL, dp=3, use_distributed_optimizer=False),
     layout("tensor parallel", replace(SMALL, tp=2)),
     layout("pipeline of 3, tied", replace(SMALL, pp=3, tied=True)),
@@ -58,7 +61,7 @@ def measure(rank: int, scratch: Path) -> dict[str, Any]:
     states = {
         case.name: _states(case, config, rank, f"file://{scratch}/states{index}")
         for index, (case, config) in enumerate(STATES)
-        if rank < case.tp * case.pp * config.actor.data_parallel_size
+        if rank < parallel_layout(config.actor).world_size
     }
     peaks = {
         case.name: measure_peak(case, rank, f"file://{scratch}/peak{index}")
@@ -75,7 +78,6 @@ def _states(case: Case, config: Any, rank: int, init_method: str) -> dict[str, i
     cuda_calls.install()
     from megatron_ztrl.trainer import setup
     from megatron_ztrl.trainer.model import build_chunks, wrap_chunks
-    from megatron_ztrl.trainer.topology import parallel_layout
 
     architecture = case.architecture()
     places = parallel_layout(config.actor)
@@ -93,9 +95,10 @@ def _states(case: Case, config: Any, rank: int, init_method: str) -> dict[str, i
     moments = [
         state[key] for each in inner for state in each.state.values() for key in ("exp_avg", "exp_avg_sq")
     ]
+    place = places.place(rank)
     main = {key: size for key, size in _storages(updated).items() if key not in weights}
     result = {
-        "place": (places.place(rank).pipeline_rank, places.place(rank).data_rank),
+        "place": (place.pipeline_rank, place.data_rank * places.context_size + place.context_rank),
         "parameters": sum(p.numel() for p in parameters),
         "weight_bytes": sum(weights.values()),
         "gradient_bytes": sum(_storages([b.grad_data for model in models for b in model.buffers]).values()),

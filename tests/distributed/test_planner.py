@@ -24,6 +24,7 @@ from megatron_ztrl.trainer.planner.models import PRESETS
 from megatron_ztrl.trainer.planner.plan import Subject, make_plan
 from megatron_ztrl.trainer.planner.states import exact_states
 from megatron_ztrl.trainer.planner.step_time import Workload
+from megatron_ztrl.trainer.topology import parallel_layout
 from megatron_ztrl.weights.hf_mapping import Architecture, hf_tensor_shapes
 
 
@@ -36,7 +37,7 @@ def ranks() -> list[dict[str, Any]]:
 def test_states_are_those_of_real_ranks_to_the_byte(ranks: list, model: Any, config: Any) -> None:
     planned = exact_states(config, config.actor, model.architecture(), True)
     real = [rank["states"][model.name] for rank in ranks if model.name in rank["states"]]
-    assert len(real) == model.tp * model.pp * config.actor.data_parallel_size
+    assert len(real) == parallel_layout(config.actor).world_size
     for found in real:
         pipeline_rank, data_rank = found.pop("place")
         stage = planned[pipeline_rank]
