@@ -117,7 +117,7 @@ def measure(cases: list[Case], processes: int, root: Path) -> list[Row]:
 
 def layout(case: Case) -> str:
     """The parallel sizes above 1."""
-    sizes = {"TP": case.tp, "PP": case.pp, "VPP": case.vp, "DP": case.dp}
+    sizes = {"TP": case.tp, "PP": case.pp, "VPP": case.vp, "CP": case.cp, "DP": case.dp}
     named = [f"{name}{size}" for name, size in sizes.items() if size > 1] + ["SP"] * case.sp
     return " × ".join(named) or "one process"
 
