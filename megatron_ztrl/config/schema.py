@@ -187,8 +187,8 @@ class WorldConfig(Section):
     exchanges keys and values while it computes; the local layers gather them, and gain nothing."""
     sequence_parallel: bool = False
     max_tokens_per_microbatch: int = 16384
-    """Padded tokens of one packed microbatch; also the longest sequence that can be trained. Context-parallel ranks share
-    them."""
+    """Padded tokens of one packed microbatch, which context-parallel ranks share; also the longest sequence that can be
+    trained."""
     learning_rate: float = 1e-6
     warmup_steps: int = 0
     """Linear warm-up, in training steps."""
