@@ -7,7 +7,7 @@ any other; no group was trained in two of them; and trainer and engines agreed o
 no engine ever served other weights than it said. The same run without kills is timed first (`--undisturbed no` leaves
 that out). Processes are found in `<run>/processes.json`, never by name.
 
-    python benchmarks/chaos.py [--kills 30] [--steps 60] [--kinds engine,executor,driver] [--json FILE] [a.b=c ...]
+    python benchmarks/chaos.py [--kills 30] [--steps 240] [--kinds engine,executor,driver] [--json FILE] [a.b=c ...]
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from megatron_ztrl.observability.jsonl import read_rows
 from megatron_ztrl.runtime.processes import PROCESSES_FILE, read_processes
 
 CONFIG = Path(__file__).parents[1] / "examples" / "quickstart" / "config.yaml"
-GROUPS_PER_STEP = 4
+GROUPS_PER_STEP = 8
 GROUP_SIZE = 4
 MAX_LOGPROB_GAP = 1e-4
 """Nats, in float32, between trainer and engine on the tokens of the trainer's own version."""
@@ -55,6 +55,9 @@ OVERRIDES = (
     f"logging.sample_rollouts={GROUPS_PER_STEP * GROUP_SIZE}",  # all: their ids say which groups were trained
 )
 POLL_SECONDS = 0.05
+PATIENT_SHARE = 0.3
+PATIENCE_ENDS = 0.8
+"""Share of the steps after which no kill waits any more: all must be done when the run ends."""
 KINDS = ("engine", "executor", "driver")
 
 
@@ -75,7 +78,7 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--kills", type=int, default=30)
-    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--steps", type=int, default=240)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--kinds", default=",".join(KINDS), help="of what is killed, drawn evenly")
     parser.add_argument("--undisturbed", choices=("yes", "no"), default="yes")
@@ -102,12 +105,15 @@ def main() -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class PlannedKill:
-    """When and what: in which step, how far into it, and which kind; and a number that picks one of that kind."""
+    """When and what."""
 
     step: int
     share_of_step: float
     kind: str
     pick: float
+    """Picks one of the kind."""
+    patient: bool
+    """Waits until everything killed before serves again; else it may hit a run that has not recovered."""
 
 
 def draw(count: int, steps: int, kinds: Sequence[str], seed: int) -> list[PlannedKill]:
@@ -116,7 +122,11 @@ def draw(count: int, steps: int, kinds: Sequence[str], seed: int) -> list[Planne
     moments = sorted(generator.uniform(0, steps) for _ in range(count))
     return [
         PlannedKill(
-            step=int(moment), share_of_step=moment % 1, kind=generator.choice(kinds), pick=generator.random()
+            step=int(moment),
+            share_of_step=moment % 1,
+            kind=generator.choice(kinds),
+            pick=generator.random(),
+            patient=generator.random() < PATIENT_SHARE,
         )
         for moment in moments
     ]
@@ -170,11 +180,10 @@ class Run:
                 step_seen, step_began = step, time.monotonic()
             if not waiting or not servers:
                 continue
-            due = waiting[0].step < step or (
-                waiting[0].step == step
-                and time.monotonic() - step_began >= waiting[0].share_of_step * step_seconds
-            )
-            if due and self._kill(waiting[0], driver, servers, step):
+            patient = waiting[0].patient and step < PATIENCE_ENDS * self._steps
+            share_of_step = min((time.monotonic() - step_began) / step_seconds, 1.0)
+            due = step + share_of_step >= waiting[0].step + waiting[0].share_of_step
+            if due and not (patient and self._open) and self._kill(waiting[0], driver, servers, step):
                 del waiting[0]
 
     def _kill(

@@ -108,7 +108,7 @@ async def run(tmp_path_factory):
     directory = tmp_path_factory.mktemp("replacement")
     tiny_model.save_checkpoint(directory / "model", seed=0)
     config = replace(
-        engine_config(directory, count=2, health_timeout_seconds=8.0),
+        engine_config(directory, count=2, health_timeout_seconds=20.0),
         sandbox=SandboxConfig(workers=1, preload=["math"]),
     )
     notes = []
@@ -240,7 +240,7 @@ async def test_an_engine_that_hangs_is_replaced_and_its_rollouts_move(run):
     for each in [process, *process.children(recursive=True)]:
         each.suspend()
     check(run, await asyncio.gather(*tasks), [max(run.policies)])
-    assert any("answered no health check for 8 s" in note for note in run.notes)
+    assert any("answered no health check for 20 s" in note for note in run.notes)
     await run.until(lambda: run.serves("engine 0", other_than_pid=before["pid"]))
 
 
