@@ -48,8 +48,9 @@ def being_verified(partial: Path) -> bool:
     return (partial / "config.json").is_file()  # copied last
 
 
-@pytest.mark.parametrize("is_time", [half_written, being_verified])
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["Ctrl-C", "SIGTERM"])
+@pytest.mark.parametrize(
+    ("number", "is_time"), [(signal.SIGINT, half_written), (signal.SIGTERM, being_verified)]
+)
 def test_a_signal_during_a_conversion_leaves_nothing(
     checkpoint: Path, tmp_path: Path, number: signal.Signals, is_time: Callable[[Path], bool]
 ) -> None:
