@@ -12,6 +12,7 @@ from megatron_ztrl.engines.weight_group import WeightGroup
 from megatron_ztrl.engines.weight_stream import Link
 from megatron_ztrl.types import TensorSlice
 from megatron_ztrl.weights.sender import SendReport, WeightSender
+from megatron_ztrl.weights.verify import find_invalid
 
 RANKS = 2
 SPLIT_BY_COLUMNS = ("o_proj.weight", "down_proj.weight")
@@ -81,6 +82,10 @@ class SendingTrainer:
 
     async def send_weights(self, publish: int) -> list[SendReport]:
         return await asyncio.gather(*(asyncio.to_thread(s.send, publish) for s in self._senders))
+
+    async def invalid_weights(self) -> list[str | None]:
+        ranks = enumerate(zip(self._slices, self._held, strict=True))
+        return [find_invalid(slices, held.__getitem__, rank) for rank, (slices, held) in ranks]
 
     async def canary_logprobs(self, token_ids: Sequence[int]) -> list[float]:
         assert self._version is not None

@@ -20,10 +20,9 @@ from dataclasses import asdict, astuple
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from megatron_ztrl.engines.weight_group import Channel, Member, Refused, WeightGroup
-from megatron_ztrl.engines.weight_stream import Bucket, Link, Piece, Staging, schedule, wait
+from megatron_ztrl.engines.weight_stream import Bucket, InFlight, Link, Piece, Staging, schedule
 
 _member: Member | None = None
 """Joined at the first publish and kept: SGLang calls a function, so the state has to live in the module."""
@@ -33,11 +32,15 @@ _complete_version: int | None = None
 
 
 def receive_message(
-    publish: int, version: int, membership: tuple[WeightGroup, int, Sequence[Link]] | None = None
+    group_name: str,
+    publish: int,
+    version: int,
+    membership: tuple[WeightGroup, int, Sequence[Link]] | None = None,
 ) -> str:
     """Make the message that lets one engine rank receive.
 
     Args:
+        group_name: the group that the weights come over.
         publish: number of this publish within the group.
         version: of the weights.
         membership: the group, this rank's number in it and all it receives; only the first time.
@@ -46,7 +49,7 @@ def receive_message(
         What ``serialized_named_tensors`` wants: a base64 pickle of ``(name, tensor)`` pairs. The message is
         the name.
     """
-    message: dict[str, Any] = {"publish": publish, "version": version}
+    message: dict[str, Any] = {"group": group_name, "publish": publish, "version": version}
     if membership is not None:
         group, rank, links = membership
         message["join"] = {"group": asdict(group), "rank": rank, "links": [astuple(link) for link in links]}
@@ -83,7 +86,7 @@ def _receive(parameters: dict[str, torch.nn.Parameter], message: dict[str, Any])
     if "join" in message:
         _join(message["join"])
     member = _member
-    if member is None:
+    if member is None or member.group.name != message["group"]:
         return  # without a report, the driver knows
     report: dict[str, Any] = {"begun": False, "complete": False, "received_bytes": 0}
     started = time.perf_counter()
@@ -156,23 +159,25 @@ def _stream(channel: Channel, group: WeightGroup, parameter: Callable[[str], tor
     if not _buckets:
         return []
     device = parameter(_buckets[0].blocks[0].piece.param).device
-    staging = Staging(group, _buckets, device)
+    staging = Staging(group, _buckets, device, parameter)
     differs: list[tuple[Bucket, torch.Tensor | None]] = []
 
-    def finish(buffer: torch.Tensor, bucket: Bucket, work: dist.Work) -> None:
-        link = bucket.link
-        wait(work, group, link.peer, bucket)
-        forward = None if link.forward_to is None else channel.send([buffer], link.forward_to, bucket.number)
-        differs.append((bucket, staging.write(buffer, bucket, parameter)))
-        if forward is not None and link.forward_to is not None:
-            wait(forward, group, link.forward_to, bucket)
+    def finish(index: int, bucket: Bucket, arrival: InFlight) -> None:
+        arrival.wait()
+        onward = bucket.link.forward_to
+        forward = None
+        if onward is not None:
+            forward = InFlight(channel.send, group, onward, bucket, staging.receive(index, bucket))
+        differs.append((bucket, staging.write(index, bucket)))
+        if forward is not None:
+            forward.wait()
 
-    in_flight: list[tuple[torch.Tensor, Bucket, dist.Work]] = []
+    in_flight: list[tuple[int, Bucket, InFlight]] = []
     for index, bucket in enumerate(_buckets):
         if len(in_flight) == 2:
             finish(*in_flight.pop(0))
-        buffer = staging.buffer(index, bucket)
-        in_flight.append((buffer, bucket, channel.recv([buffer], bucket.link.peer, bucket.number)))
+        messages = staging.receive(index, bucket)
+        in_flight.append((index, bucket, InFlight(channel.recv, group, bucket.link.peer, bucket, messages)))
     for received in in_flight:
         finish(*received)
     if device.type == "cuda":

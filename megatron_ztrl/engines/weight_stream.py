@@ -1,6 +1,6 @@
 """Weights as a stream of buckets: how both ends cut their pieces alike, stage them, and check what arrived.
 
-A bucket is one message: blocks of parameters, then one checksum for each. A rank handles all its buckets in one
+A bucket is blocks of parameters and a checksum of each. A rank handles all its buckets in one
 order that everybody agrees on, with two in flight: while one travels, the next is filled or the last is
 written. So two buckets are all the memory that a rank needs, and no rank can wait for another in a circle:
 whichever bucket comes first of all that are left, all its ends have it next.
@@ -11,7 +11,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 
 import torch
@@ -19,6 +19,8 @@ import torch.distributed as dist
 
 from megatron_ztrl.engines.weight_group import WeightGroup
 
+ALONE_BYTES = 256 << 10
+"""A block of at least this size is a message of its own."""
 _CHECKSUM_BYTES = 8
 _WORDS = {8: torch.int64, 4: torch.int32, 2: torch.int16}
 
@@ -67,12 +69,20 @@ class Link:
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """``rows`` rows of a piece, from ``row``, at byte ``offset`` of the bucket."""
+    """``rows`` rows of a piece, from ``row``."""
 
     piece: Piece
     row: int
     rows: int
-    offset: int
+    offset: int = 0
+    """Byte of the bucket at which they begin."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (self.rows, *self.piece.shape[1:])
+
+    def num_bytes(self, itemsize: int) -> int:
+        return math.prod(self.shape) * itemsize
 
     def of(self, parameter: torch.Tensor) -> torch.Tensor:
         """Return the view of the parameter."""
@@ -80,22 +90,34 @@ class Block:
 
     def staged(self, buffer: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """Return the view of the staging buffer."""
-        shape = (self.rows, *self.piece.shape[1:])
-        num_bytes = math.prod(shape) * dtype.itemsize
-        return buffer[self.offset : self.offset + num_bytes].view(dtype).view(shape)
+        end = self.offset + self.num_bytes(dtype.itemsize)
+        return buffer[self.offset : end].view(dtype).view(self.shape)
 
 
 @dataclass(frozen=True, slots=True)
 class Bucket:
-    """One message."""
+    """Blocks that are sent together.
+
+    A large block of whole rows is a message of its own, which needs no copy where it lies in one piece; the others
+    are packed into one message, with the checksums of all.
+    """
 
     link: Link
     number: int
-    """Within the link; also the message's tag."""
-    blocks: tuple[Block, ...]
+    """Within the link."""
+    first_tag: int
+    """Of its messages, which count up within the link."""
+    alone: tuple[Block, ...]
+    packed: tuple[Block, ...]
+    packed_at: int
+    """Byte at which the packed message begins."""
     checksums_at: int
-    """Byte at which the checksums begin."""
+    """Byte at which, within it, the checksums begin."""
     payload_bytes: int
+
+    @property
+    def blocks(self) -> tuple[Block, ...]:
+        return self.alone + self.packed
 
     @property
     def num_bytes(self) -> int:
@@ -114,7 +136,7 @@ def schedule(links: Sequence[Link], dtype: torch.dtype, bucket_bytes: int) -> li
 
 def _cut(link: Link, itemsize: int, bucket_bytes: int) -> Iterator[Bucket]:
     """Fill buckets with rows, in the order of the pieces."""
-    number = filled = payload = 0
+    number = tag = filled = 0
     blocks: list[Block] = []
     for piece in link.pieces:
         row_bytes = math.prod(piece.shape[1:]) * itemsize
@@ -123,20 +145,40 @@ def _cut(link: Link, itemsize: int, bucket_bytes: int) -> Iterator[Bucket]:
             room = bucket_bytes - filled - _CHECKSUM_BYTES * (len(blocks) + 2)
             rows = min(piece.shape[0] - row, max(0, room) // row_bytes)
             if rows:
-                blocks.append(Block(piece, row, rows, filled))
+                blocks.append(Block(piece, row, rows))
                 row += rows
-                payload += rows * row_bytes
-                filled += -(-rows * row_bytes // 8) * 8  # checksums are taken of 8-byte words
+                filled += _whole_words(rows * row_bytes)
             elif blocks:
-                yield Bucket(link, number, tuple(blocks), filled, payload)
-                number, filled, payload, blocks = number + 1, 0, 0, []
+                bucket = _close(link, number, tag, blocks, itemsize)
+                yield bucket
+                number, tag, filled, blocks = number + 1, tag + len(bucket.alone) + 1, 0, []
             else:
                 raise ValueError(
                     f"publish.bucket_bytes: a row of {piece.tensor} ({row_bytes} bytes) does not fit into"
                     f" {bucket_bytes}"
                 )
     if blocks:
-        yield Bucket(link, number, tuple(blocks), filled, payload)
+        yield _close(link, number, tag, blocks, itemsize)
+
+
+def _close(link: Link, number: int, tag: int, blocks: Sequence[Block], itemsize: int) -> Bucket:
+    """Give every block its place: those that travel alone, then the others, then the checksums."""
+    large = [b.piece.dim == 0 and b.num_bytes(itemsize) >= ALONE_BYTES for b in blocks]
+    at = 0
+    placed: dict[bool, list[Block]] = {True: [], False: []}
+    packed_at = 0
+    for alone in (True, False):
+        packed_at = at
+        for block, is_large in zip(blocks, large, strict=True):
+            if is_large is alone:
+                placed[alone].append(replace(block, offset=at))
+                at += _whole_words(block.num_bytes(itemsize))
+    payload_bytes = sum(block.num_bytes(itemsize) for block in blocks)
+    return Bucket(link, number, tag, tuple(placed[True]), tuple(placed[False]), packed_at, at, payload_bytes)
+
+
+def _whole_words(num_bytes: int) -> int:
+    return -(-num_bytes // 8) * 8  # checksums are taken of 8-byte words
 
 
 def checksum(block: torch.Tensor) -> torch.Tensor:
@@ -157,8 +199,23 @@ def checksum(block: torch.Tensor) -> torch.Tensor:
 class Staging:
     """A rank's two buffers: on the GPU for NCCL, in host memory (pinned, if there is a GPU) for gloo."""
 
-    def __init__(self, group: WeightGroup, buckets: Sequence[Bucket], device: torch.device) -> None:
-        self.dtype: torch.dtype = getattr(torch, group.dtype)
+    def __init__(
+        self,
+        group: WeightGroup,
+        buckets: Sequence[Bucket],
+        device: torch.device,
+        parameter: Callable[[str], torch.Tensor],
+    ) -> None:
+        """Allocate.
+
+        Args:
+            group: what travels, and how.
+            buckets: of this rank.
+            device: of its parameters.
+            parameter: returns one of them by name.
+        """
+        self._parameter = parameter
+        self._dtype: torch.dtype = getattr(torch, group.dtype)
         self._checksums = group.checksums
         size = max((bucket.num_bytes for bucket in buckets), default=0)
         on_host = group.backend == "gloo"
@@ -172,53 +229,101 @@ class Staging:
             for _ in range(2)
         ]
 
-    def buffer(self, index: int, bucket: Bucket) -> torch.Tensor:
-        """The message of the ``index``-th bucket."""
-        return self._buffers[index % 2][: bucket.num_bytes]
-
-    def fill(self, buffer: torch.Tensor, bucket: Bucket, parameter: Callable[[str], torch.Tensor]) -> None:
-        """Gather the blocks of a bucket, converted to what travels, and their checksums."""
-        staged = [block.staged(buffer, self.dtype) for block in bucket.blocks]
-        for block, copy in zip(bucket.blocks, staged, strict=True):
-            copy.copy_(block.of(parameter(block.piece.param)))
+    def fill(self, index: int, bucket: Bucket) -> list[torch.Tensor]:
+        """Gather the ``index``-th bucket, converted to what travels. Returns its messages."""
+        buffer = self._buffers[index % 2]
+        values = []
+        for block in bucket.blocks:
+            value = block.of(self._parameter(block.piece.param))
+            if not self._needs_no_copy(block, bucket, value):
+                value = block.staged(buffer, self._dtype).copy_(value)
+            values.append(value)
         if self._checksums:
-            _sums(buffer, bucket).copy_(torch.stack([checksum(copy) for copy in staged]))
+            _sums(buffer, bucket).copy_(torch.stack([checksum(value) for value in values]))
+        return [*values[: len(bucket.alone)], buffer[bucket.packed_at : bucket.num_bytes]]
 
-    def write(
-        self, buffer: torch.Tensor, bucket: Bucket, parameter: Callable[[str], torch.Tensor]
-    ) -> torch.Tensor | None:
-        """Put a bucket into its parameters.
+    def receive(self, index: int, bucket: Bucket) -> list[torch.Tensor]:
+        """Where the messages of the ``index``-th bucket are to go."""
+        buffer = self._buffers[index % 2]
+        messages = []
+        for block in bucket.alone:
+            target = block.of(self._parameter(block.piece.param))
+            staged = not self._needs_no_copy(block, bucket, target)
+            messages.append(block.staged(buffer, self._dtype) if staged else target)
+        return [*messages, buffer[bucket.packed_at : bucket.num_bytes]]
+
+    def write(self, index: int, bucket: Bucket) -> torch.Tensor | None:
+        """Put a bucket that has come into its parameters, where it is not there already.
 
         Returns:
             For each block, whether the parameter now has another checksum than was sent.
         """
-        targets = [block.of(parameter(block.piece.param)) for block in bucket.blocks]
+        buffer = self._buffers[index % 2]
+        targets = [block.of(self._parameter(block.piece.param)) for block in bucket.blocks]
         for block, target in zip(bucket.blocks, targets, strict=True):
-            target.copy_(block.staged(buffer, self.dtype))
+            if not self._needs_no_copy(block, bucket, target):
+                target.copy_(block.staged(buffer, self._dtype))
         if not self._checksums:
             return None
         written = torch.stack([checksum(target) for target in targets])
         return written != _sums(buffer, bucket).to(written.device)
 
+    def _needs_no_copy(self, block: Block, bucket: Bucket, value: torch.Tensor) -> bool:
+        """Whether this part of a parameter is itself a message of the bucket."""
+        return (
+            block.offset < bucket.packed_at
+            and value.dtype == self._dtype
+            and value.is_contiguous()
+            and value.device == self._buffers[0].device
+        )
+
 
 def _sums(buffer: torch.Tensor, bucket: Bucket) -> torch.Tensor:
-    return buffer[bucket.checksums_at :].view(torch.int64)
+    return buffer[bucket.checksums_at : bucket.num_bytes].view(torch.int64)
 
 
-def wait(work: dist.Work, group: WeightGroup, peer: int, bucket: Bucket) -> None:
-    """Wait for one transfer.
+class InFlight:
+    """The messages of one bucket on their way to or from a peer."""
 
-    Raises:
-        RuntimeError: it failed; names the peer and the slices.
-    """
-    try:
-        if group.backend == "gloo":
-            work.wait(timedelta(seconds=group.timeout_seconds))
-        else:  # the stream waits, not this thread
-            work.wait()
-    except RuntimeError as error:
-        first, last = bucket.blocks[0].piece.tensor, bucket.blocks[-1].piece.tensor
-        raise RuntimeError(
-            f"weight group {group.name}: bucket {bucket.number} ({first} .. {last}) exchanged with rank {peer}:"
-            f" {error}"
-        ) from error
+    def __init__(
+        self,
+        move: Callable[[list[torch.Tensor], int, int], dist.Work],
+        group: WeightGroup,
+        peer: int,
+        bucket: Bucket,
+        messages: Sequence[torch.Tensor],
+    ) -> None:
+        """Begin.
+
+        Args:
+            move: the channel's ``send`` or ``recv``.
+            group: whose channel it is.
+            peer: group rank at the other end.
+            bucket: what moves.
+            messages: of ``Staging``.
+        """
+        self._group = group
+        self._peer = peer
+        self._bucket = bucket
+        self._works = [
+            move([message], peer, bucket.first_tag + position) for position, message in enumerate(messages)
+        ]
+
+    def wait(self) -> None:
+        """Wait until all are there.
+
+        Raises:
+            RuntimeError: one failed; names the peer and the slices.
+        """
+        try:
+            for work in self._works:
+                if self._group.backend == "gloo":
+                    work.wait(timedelta(seconds=self._group.timeout_seconds))
+                else:  # the stream waits, not this thread
+                    work.wait()
+        except RuntimeError as error:
+            blocks = self._bucket.blocks
+            raise RuntimeError(
+                f"weight group {self._group.name}: bucket {self._bucket.number}"
+                f" ({blocks[0].piece.tensor} .. {blocks[-1].piece.tensor}) exchanged with rank {self._peer}: {error}"
+            ) from error

@@ -63,6 +63,7 @@ class RankProcess:
             self._reservation = None
         self._sender = WeightSender(self._rank.parameter, rank)
         self._broadcaster = WeightBroadcaster(self._rank.parameter, rank)
+        self._index = rank
         return self._rank.dp_rank, self._rank.is_output_rank
 
     def call(self, method: str, *args: Any, **kwargs: Any) -> Any:
@@ -76,6 +77,12 @@ class RankProcess:
     def send_weights(self, publish: int) -> SendReport:
         """Sends this rank's slices to the engines."""
         return self._sender.send(publish)
+
+    def invalid_weights(self) -> str | None:
+        """Which weight of this rank must not reach an engine, if any."""
+        from megatron_ztrl.weights.verify import find_invalid
+
+        return find_invalid(self._rank.parameter_slices(), self._rank.parameter, self._index)
 
     def join_broadcast_group(self, group: BroadcastGroup) -> None:
         """Rank 0 meets the engines."""
@@ -157,6 +164,10 @@ class MegatronWorld:
     async def send_weights(self, publish: int) -> list[SendReport]:
         """Sends the current weights to the engines, all ranks at once."""
         return await asyncio.gather(*(rank.send_weights.remote(publish) for rank in self._ranks))
+
+    async def invalid_weights(self) -> list[str | None]:
+        """Which weights must not reach an engine, per rank."""
+        return await asyncio.gather(*(rank.invalid_weights.remote() for rank in self._ranks))
 
     async def join_broadcast_group(self, group: BroadcastGroup) -> None:
         """Lets rank 0 meet the engines."""

@@ -32,6 +32,10 @@ MAX_LOGPROB_GAP = {"float32": 1e-4, "bfloat16": 0.1}
 class ActorWorld(SendingWorld, BroadcastingWorld, ExportingWorld, Protocol):
     """What publishing needs of the trainer; every call reaches all ranks. One transport needs one of the three."""
 
+    async def invalid_weights(self) -> list[str | None]:
+        """Run ``find_invalid`` in each rank."""
+        ...
+
     async def canary_logprobs(self, token_ids: Sequence[int]) -> list[float]:
         """Log-probs of every token after the first, [L - 1], under the current weights."""
         ...
@@ -47,7 +51,7 @@ class PublishReport:
     transfer_seconds: float
     """The part of it in which weights moved and were committed."""
     total_seconds: float
-    """Verification included."""
+    """Checks before and after included."""
     max_logprob_gap: float | None
     """Nats, over the canary and all engines; None when it was not checked."""
     lost: Mapping[str, str] = field(default_factory=dict)
@@ -122,6 +126,10 @@ class WeightPublisher:
 
     async def _publish(self, version: int, fleet: _Fleet) -> PublishReport:
         started = time.perf_counter()
+        invalid = next(filter(None, await self._actor.invalid_weights()), None)
+        if invalid is not None:
+            raise PublishError(f"version {version} was not published: {invalid}")
+        pause_started = time.perf_counter()
         strategy = self._config.publish.interruption
         await fleet.each(lambda engine: interruption.pause(engine, strategy))
         await fleet.each(lambda engine: engine.begin_weight_update())
@@ -132,7 +140,7 @@ class WeightPublisher:
         transfer_seconds = time.perf_counter() - transfer_started
         await fleet.each(lambda engine: engine.end_weight_update())
         await fleet.each(lambda engine: interruption.resume(engine, strategy))
-        pause_seconds = time.perf_counter() - started
+        pause_seconds = time.perf_counter() - pause_started
         if delivery.trainer_error is not None:
             raise PublishError(
                 f"version {version} was not published: {delivery.trainer_error}", fleet.lost_urls

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+
+from megatron_ztrl.types import TensorSlice
 
 
 class PublishError(RuntimeError):
@@ -15,6 +19,29 @@ class PublishError(RuntimeError):
         """
         super().__init__(message)
         self.lost = dict(lost or {})
+
+
+@torch.no_grad()
+def find_invalid(
+    slices: Sequence[TensorSlice], parameter: Callable[[str], torch.Tensor], rank: int
+) -> str | None:
+    """Look for weights that must not reach an engine.
+
+    Args:
+        slices: what a trainer rank holds.
+        parameter: returns the local parameter of a ``TensorSlice.param``.
+        rank: of the trainer; named in the answer.
+
+    Returns:
+        Which tensor has values that are not finite, if any has.
+    """
+    views = [parameter(item.param).narrow(item.dim, item.start, item.length) for item in slices]
+    # One pass and no memory: a sum is finite only if all its terms are.
+    sums = torch.stack([view.sum(dtype=torch.float32) for view in views])
+    for item, view, suspicious in zip(slices, views, (~sums.isfinite()).tolist(), strict=True):
+        if suspicious and (count := int((~view.isfinite()).sum())):  # finite terms may add up to infinity
+            return f"{item.tensor}: {count} of {view.numel()} values on trainer rank {rank} are not finite"
+    return None
 
 
 def canary_tokens(vocab_size: int, length: int = 32) -> list[int]:

@@ -78,11 +78,13 @@ def flip_a_bit(bucket_number):
     """Let one bucket be damaged between the sender's checksum and the network; once."""
     fill = Staging.fill
 
-    def fill_and_flip(self, buffer, bucket, parameter):
-        fill(self, buffer, bucket, parameter)
+    def fill_and_flip(self, index, bucket):
+        messages = fill(self, index, bucket)
         if bucket.number == bucket_number:
-            buffer[100] ^= 1
+            messages[0] = messages[0].clone()  # it may be the parameter itself
+            messages[0].view(torch.uint8).flatten()[100] ^= 1
             Staging.fill = fill
+        return messages
 
     Staging.fill = fill_and_flip
 

@@ -15,6 +15,7 @@ from megatron_ztrl.engines.weight_stream import Staging
 from megatron_ztrl.types import TensorSlice
 from megatron_ztrl.weights.broadcaster import WeightBroadcaster
 from megatron_ztrl.weights.sender import WeightSender
+from megatron_ztrl.weights.verify import find_invalid
 
 SIZE = 2
 COLUMNS = ("o_proj.weight", "down_proj.weight")
@@ -43,7 +44,7 @@ def stop_before(bucket):
             Staging.fill = fill
             os.kill(os.getpid(), signal.SIGSTOP)
         left[0] -= 1
-        fill(*arguments)
+        return fill(*arguments)
 
     Staging.fill = stop_and_fill
 
@@ -51,7 +52,7 @@ def stop_before(bucket):
 def run_rank(rank, pipe):
     """Obey (command, *arguments) until None; answers are (ok, result)."""
     torch.set_num_threads(1)
-    parameters = {}
+    parameters, slices = {}, []
     sender = WeightSender(parameters.__getitem__, rank)
     broadcaster = WeightBroadcaster(parameters.__getitem__, rank)
     while (message := pipe.recv()) is not None:
@@ -59,6 +60,7 @@ def run_rank(rank, pipe):
         try:
             if command == "hold":
                 parameters.update(arguments[0])
+                slices = arguments[1]
                 result = None
             elif command == "join":
                 result = sender.join(*arguments)
@@ -70,6 +72,8 @@ def run_rank(rank, pipe):
                 result = broadcaster.join(arguments[0])
             elif command == "broadcast":
                 result = broadcaster.send(*arguments)
+            elif command == "invalid":
+                result = find_invalid(slices, parameters.__getitem__, rank)
             elif command == "stop before":
                 result = stop_before(*arguments)
             pipe.send((True, result))
@@ -102,7 +106,12 @@ class TensorParallelWorld:
             {name: half_of(name, tensor, rank) for name, tensor in weights.items()} for rank in range(SIZE)
         ]
         self._slices = [[description for description, _ in half.values()] for half in halves]
-        await self._call([("hold", {name: tensor for name, (_, tensor) in half.items()}) for half in halves])
+        await self._call(
+            [
+                ("hold", {name: tensor for name, (_, tensor) in half.items()}, slices)
+                for half, slices in zip(halves, self._slices, strict=True)
+            ]
+        )
 
     async def parameter_slices(self):
         return self._slices
@@ -113,6 +122,9 @@ class TensorParallelWorld:
 
     async def send_weights(self, publish):
         return await self._call([("send", publish)] * SIZE)
+
+    async def invalid_weights(self):
+        return await self._call([("invalid",)] * SIZE)
 
     async def join_broadcast_group(self, group):
         with tempfile.TemporaryDirectory() as directory:

@@ -142,6 +142,7 @@ async def test_a_weight_that_is_not_a_number_reaches_no_engine(publisher, world,
 
 
 async def test_an_engine_that_does_not_answer_is_named(config, world):
+    await world.hold(random_qwen2(50))
     async with EngineClient("http://127.0.0.1:9", request_timeout_seconds=5) as nobody:
         with pytest.raises(PublishError, match=r"version 50 was not published: http://127.0.0.1:9/pause"):
             await WeightPublisher(config, world, [nobody]).publish(50)

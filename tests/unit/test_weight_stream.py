@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from megatron_ztrl.engines.weight_group import WeightGroup
-from megatron_ztrl.engines.weight_stream import Link, Piece, Staging, checksum, schedule
+from megatron_ztrl.engines.weight_stream import ALONE_BYTES, Link, Piece, Staging, checksum, schedule
 
 GROUP = WeightGroup(
     name="group",
@@ -23,6 +23,17 @@ def link(order, peer, *pieces):
     return Link(order, peer, None, pieces)
 
 
+CPU = torch.device("cpu")
+
+
+def carry(sender, receiver, index, out, into):
+    """What the network does with one bucket. Returns the blocks that arrived damaged."""
+    for message, target in zip(sender.fill(index, out), receiver.receive(index, into), strict=True):
+        assert message.numel() == target.numel()
+        target.copy_(message)
+    return receiver.write(index, into)
+
+
 def test_both_ends_cut_their_pieces_into_the_same_bounded_buckets():
     ours = {"w": torch.arange(40.0).view(10, 4), "b": torch.arange(5.0)}
     theirs = {"fused": torch.zeros(20, 4), "bias": torch.zeros(9)}
@@ -33,11 +44,10 @@ def test_both_ends_cut_their_pieces_into_the_same_bounded_buckets():
     assert [[block.rows for block in bucket.blocks] for bucket in out] == [[3], [3], [5]]
     assert [bucket.num_bytes for bucket in out] == [56, 56, 32]
     assert [bucket.payload_bytes for bucket in out] == [48, 48, 20]
-    staging = Staging(GROUP, out, torch.device("cpu"))
+    sender = Staging(GROUP, out, CPU, ours.__getitem__)
+    receiver = Staging(GROUP, into, CPU, theirs.__getitem__)
     for index, (source, target) in enumerate(zip(out, into, strict=True)):
-        buffer = staging.buffer(index, source)
-        staging.fill(buffer, source, ours.__getitem__)
-        assert not staging.write(buffer, target, theirs.__getitem__).any()
+        assert not carry(sender, receiver, index, source, target).any()
     assert torch.equal(theirs["fused"][10:16], ours["w"][2:8])
     assert torch.equal(theirs["bias"][4:], ours["b"])
     assert theirs["fused"].count_nonzero() == 24
@@ -78,10 +88,9 @@ def test_columns_are_converted_and_keep_their_checksum_in_the_parameter():
     for length in (4, 3):  # whole words in a row, and not
         (out,) = schedule([link(0, 1, Piece("w", "w", 1, 3, (4, length)))], torch.bfloat16, 1000)
         (into,) = schedule([link(0, 0, Piece("w", "w", 1, 5, (4, length)))], torch.bfloat16, 1000)
-        staging = Staging(group, [out], torch.device("cpu"))
-        buffer = staging.buffer(0, out)
-        staging.fill(buffer, out, ours.__getitem__)
-        assert not staging.write(buffer, into, theirs.__getitem__).any()
+        sender = Staging(group, [out], CPU, ours.__getitem__)
+        receiver = Staging(group, [into], CPU, theirs.__getitem__)
+        assert not carry(sender, receiver, 0, out, into).any()
         assert torch.equal(theirs["w"][:, 5 : 5 + length], ours["w"][:, 3 : 3 + length].bfloat16())
 
 
@@ -90,11 +99,37 @@ def test_a_value_that_changes_on_the_way_is_seen_in_its_block():
     theirs = {name: torch.zeros(2, 2) for name in "ab"}
     pieces = [Piece(name, name, 0, 0, (2, 2)) for name in "ab"]
     (bucket,) = schedule([link(0, 1, *pieces)], torch.float32, 72)
-    staging = Staging(GROUP, [bucket], torch.device("cpu"))
-    buffer = staging.buffer(0, bucket)
-    staging.fill(buffer, bucket, ours.__getitem__)
-    buffer[bucket.blocks[1].offset] ^= 1  # one bit of the second block
-    assert staging.write(buffer, bucket, theirs.__getitem__).tolist() == [False, True]
+    (message,) = Staging(GROUP, [bucket], CPU, ours.__getitem__).fill(0, bucket)
+    message[bucket.blocks[1].offset] ^= 1  # one bit of the second block
+    receiver = Staging(GROUP, [bucket], CPU, theirs.__getitem__)
+    receiver.receive(0, bucket)[0].copy_(message)
+    assert receiver.write(0, bucket).tolist() == [False, True]
+
+
+def test_large_blocks_of_whole_rows_go_from_parameter_to_parameter_without_a_copy():
+    rows = ALONE_BYTES // 4096  # of 1,024 float32
+    ours = {"large": torch.randn(rows + 2, 1024), "columns": torch.randn(rows, 2048), "small": torch.randn(8)}
+    theirs = {"large": torch.zeros(rows, 1024), "columns": torch.zeros(rows, 1024), "small": torch.zeros(8)}
+    shapes = [("large", 0, 2, (rows, 1024)), ("columns", 1, 512, (rows, 1024)), ("small", 0, 0, (8,))]
+    out_pieces = [Piece(name, name, dim, start, shape) for name, dim, start, shape in shapes]
+    into_pieces = [Piece(name, name, dim, 0, shape) for name, dim, _, shape in shapes]
+    (out,) = schedule([link(0, 1, *out_pieces)], torch.float32, 1 << 20)
+    (into,) = schedule([link(0, 0, *into_pieces)], torch.float32, 1 << 20)
+    sender = Staging(GROUP, [out], CPU, ours.__getitem__)
+    receiver = Staging(GROUP, [into], CPU, theirs.__getitem__)
+    alone, packed = sender.fill(0, out)
+    assert alone.data_ptr() == ours["large"][2:].data_ptr()
+    assert receiver.receive(0, into)[0].data_ptr() == theirs["large"].data_ptr()
+    assert packed.numel() == ALONE_BYTES + 32 + 3 * 8
+    assert not carry(sender, receiver, 0, out, into).any()
+    assert torch.equal(theirs["large"], ours["large"][2:])
+    assert torch.equal(theirs["columns"], ours["columns"][:, 512:1536])
+    assert torch.equal(theirs["small"], ours["small"])
+    # An end that converts stages the same message.
+    halves = {name: value.bfloat16() for name, value in ours.items()}
+    widening = Staging(GROUP, [out], CPU, halves.__getitem__)
+    assert not carry(widening, receiver, 0, out, into).any()
+    assert torch.equal(theirs["large"], halves["large"][2:].float())
 
 
 def test_a_checksum_is_the_sum_of_the_words_wherever_they_lie():

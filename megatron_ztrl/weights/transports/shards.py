@@ -137,12 +137,15 @@ class ShardTransport:
         invitations: Sequence[Sequence[Sequence[Link]]] | None,
     ) -> list[str]:
         ranks = range(len(self._engine_ranks))
-        if invitations is None:
-            return [receive_message(publish, version)] * len(ranks)
         group = joined.group
+        if invitations is None:
+            return [receive_message(group.name, publish, version)] * len(ranks)
         return [
             receive_message(
-                publish, version, (group, joined.plan.group_rank(engine, rank), invitations[engine][rank])
+                group.name,
+                publish,
+                version,
+                (group, joined.plan.group_rank(engine, rank), invitations[engine][rank]),
             )
             for rank in ranks
         ]
@@ -243,7 +246,6 @@ class _Attempt:
             self.trainer_error = f"{type(error).__name__}: {error}"
         else:
             self.sent_bytes = [report.sent_bytes for report in sender.result()]
-            self.trainer_error = next((r.invalid for r in sender.result() if r.invalid), None)
 
     def _judge_engine(self, index: int, task: asyncio.Task[None]) -> None:
         engine = self._joined.engines[index]
@@ -282,5 +284,4 @@ def _problem(task: asyncio.Task[Any]) -> str | None:
     if (error := task.exception()) is not None:
         return str(error)
     reports = task.result() or []
-    problems = [report.invalid or report.broken for report in reports]
-    return next(filter(None, problems), None)
+    return next((report.broken for report in reports if report.broken), None)
