@@ -204,8 +204,6 @@ class RunEngines:
             if not error.lost:  # then it is not for want of engines
                 raise
             report, lost = None, error.lost
-        except EngineUnreachable:  # while it was verified
-            return None
         for client, slot in targets.items():
             if slot.client is not client:
                 continue  # it died, and is replaced already

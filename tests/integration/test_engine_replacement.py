@@ -4,16 +4,17 @@ import asyncio
 import contextlib
 import os
 import signal
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import psutil
 import pytest
 import pytest_asyncio
 import tiny_model
-from calling_policy import tool_calling_qwen2
 from engine_configs import engine_config
 from tensor_parallel_world import TensorParallelWorld
-from tiny_model import logprobs_under, random_qwen2
+from tiny_model import VOCAB_SIZE, byte_tokenizer, logprobs_under, random_qwen2
 
 from megatron_ztrl.config.schema import SandboxConfig, ToolConfig
 from megatron_ztrl.data.tokenizer import PolicyTokenizer
@@ -26,6 +27,9 @@ from megatron_ztrl.runtime.processes import ProcessTable, read_processes
 from megatron_ztrl.runtime.supervision import Supervisor
 from megatron_ztrl.types import NOT_SAMPLED, Prompt, StopReason
 from megatron_ztrl.weights.publish import WeightPublisher
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+from _calling_policy import call_the_tool
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 IN_FLIGHT = 24
@@ -96,7 +100,9 @@ class Run:
 
 def random_policy(seed):
     """One that calls the tool, with log-probs that no other seed has."""
-    policy = tool_calling_qwen2()
+    policy = random_qwen2(0)
+    policy.config.eos_token_id = VOCAB_SIZE - 1  # an unused token: rollouts are to go on until they are full
+    call_the_tool(policy, byte_tokenizer().convert_tokens_to_ids(["```", "python", "Ċ", "7", "```Ċ"]))
     noise = dict(random_qwen2(seed).named_parameters())
     for name, parameter in policy.named_parameters():
         parameter.data.add_(noise[name].data * 0.02)
