@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -77,7 +78,7 @@ def planned_scenario(
     bandwidth = hardware.memory_bandwidth * hardware.decode_bandwidth_share
     all_reduces = 2 * architecture.num_layers * hardware.all_reduce_seconds
     flops = ENGINE_GPUS * hardware.flops * hardware.forward_flops_share
-    engines = max(1, round(rollouts_in_flight / RUNNING_REQUESTS))
+    engines = math.ceil(rollouts_in_flight / RUNNING_REQUESTS)
     return Scenario(
         workload=workload,
         timing=EngineTiming(
