@@ -18,8 +18,8 @@ from megatron_ztrl.data.tokenizer import PolicyTokenizer
 
 BASE = Path(__file__).parents[1] / "examples" / "quickstart" / "base"
 """Shape and tokenizer of the benchmark's policy."""
-SCRIPT = ("```", "python", "\n", "print", "(", "7", ")", "``", "`", " ")
-"""A call in that tokenizer; the token after the closing fence is sampled for nothing and cut."""
+SCRIPT = ("``", "`", " ", "```", "python", "\n", "print", "(", "7", ")")
+"""In that tokenizer. It begins by closing a block, so that one that has gone astray ends; " " is then cut."""
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 
 EMBEDDING = 0.75

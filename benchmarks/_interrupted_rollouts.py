@@ -7,7 +7,7 @@ import contextlib
 import random
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -79,7 +79,7 @@ class Activity:
         self.turn_ended = asyncio.Event()
 
     @contextlib.contextmanager
-    def doing(self, what: str) -> Any:
+    def doing(self, what: str) -> Iterator[None]:
         """Count it while it lasts."""
         self.now[what] += 1
         self.total[f"{what} began"] += 1
@@ -290,12 +290,12 @@ async def interrupt_rollouts(
     trainer: SendingTrainer,
     prompts: Sequence[Prompt],
     *,
-    interrupts: int,
+    interrupts: Iterable[int],
     in_flight: int,
     mean_interval_seconds: float,
     seed: int,
 ) -> Record:
-    """Roll out on the server at ``url`` and publish ``interrupts`` times meanwhile.
+    """Roll out on the server at ``url`` and publish once for each of ``interrupts`` meanwhile.
 
     Args:
         config: Reads ``publish.interruption`` and what ``Load`` and ``WeightPublisher`` read.
@@ -304,10 +304,10 @@ async def interrupt_rollouts(
         tokenizer: Of the policy.
         trainer: Of this server's policy.
         prompts: What to roll out.
-        interrupts: Publishes while rollouts are in flight.
+        interrupts: As many as publishes, such as a range or a progress bar of one.
         in_flight: Rollouts; more than ``engine.max_running_requests`` wait in the server.
         mean_interval_seconds: See ``Interrupter``.
-        seed: Of everything but the sampling.
+        seed: Draws prompts and moments; the tokens are the server's to draw.
     """
     activity, chance = Activity(), random.Random(seed)
     async with RecordingClient(url, activity, chance) as client:
@@ -318,7 +318,7 @@ async def interrupt_rollouts(
             await interrupter.publish()
             began = time.perf_counter()
             async with load.running(in_flight):
-                for _ in range(interrupts):
+                for _ in interrupts:
                     await interrupter.publish()
             seconds = time.perf_counter() - began
         finally:

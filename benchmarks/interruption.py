@@ -35,6 +35,7 @@ from _exactness import check_logprobs, check_record
 from _interrupted_rollouts import STATES, Record, interrupt_rollouts
 from _sending_trainer import Policies, SendingTrainer
 from rich.console import Console
+from rich.progress import track
 from rich.table import Table
 from ztrl_sandbox.client import ExecutorClient
 from ztrl_sandbox.process import ExecutorServer
@@ -53,6 +54,7 @@ STRATEGIES = ("retract", "abort", "in_place")
 EXACT = ("retract", "abort")
 PROMPTS = 64
 ROLLOUTS = ("rollout.env_iterations=4", "rollout.max_response_tokens=160")
+CONSOLE = Console(stderr=True)
 NOISE = 0.03
 """Relative, between versions."""
 
@@ -90,7 +92,6 @@ def _parse() -> argparse.Namespace:
 def _run(strategy: str, options: argparse.Namespace) -> dict[str, Any]:
     """One strategy: roll out, then check."""
     torch.set_num_threads(1)
-    console = Console(stderr=True)
     with tempfile.TemporaryDirectory() as directory:
         model_path = Path(directory) / "model"
         policies = Policies(save_calling_policy(model_path), NOISE)
@@ -106,9 +107,8 @@ def _run(strategy: str, options: argparse.Namespace) -> dict[str, Any]:
                 *ROLLOUTS,
             ],
         )
-        console.print(f"{strategy}: {options.interrupts} interrupts")
         record = asyncio.run(_interrupted(config, policies, tokenizer, options))
-    console.print(f"{strategy}: computing {model_tokens(record.rollouts)} log-probs again")
+    CONSOLE.print(f"{strategy}: computing {model_tokens(record.rollouts)} log-probs again")
     return _figures(record, policies, tokenizer, config.rollout.temperature)
 
 
@@ -130,7 +130,7 @@ async def _interrupted(
                 tokenizer,
                 SendingTrainer(policies),
                 load_prompts(config.data.train, get_template(config.data.prompt_template).render)[:PROMPTS],
-                interrupts=options.interrupts,
+                interrupts=track(range(options.interrupts), config.publish.interruption, console=CONSOLE),
                 in_flight=options.in_flight,
                 mean_interval_seconds=options.mean_interval_seconds,
                 seed=options.seed,

@@ -29,8 +29,8 @@ INTERRUPTS = 40
 IN_FLIGHT = 40
 """Above what the server runs: some always wait in it."""
 PREFIX = list(range(10, 74))
-SCRIPT = ["```", "python", "Ċ", "7", "```Ċ"]
-"""As byte-level BPE spells the tokens of a call; "Ċ" is a newline."""
+SCRIPT = ["```Ċ", "```", "python", "Ċ", "7"]
+"""The end of a call and a call, as byte-level BPE spells the tokens; "Ċ" is a newline."""
 
 
 def calling_policies():
@@ -47,7 +47,7 @@ def with_strategy(config, strategy):
     )
 
 
-async def interrupted(config, server, run_directory, policies, interrupts):
+async def interrupted(config, server, run_directory, policies):
     tokenizer = PolicyTokenizer(run_directory / "model")
     prompts = [
         Prompt(
@@ -63,7 +63,7 @@ async def interrupted(config, server, run_directory, policies, interrupts):
             tokenizer,
             SendingTrainer(policies),
             prompts,
-            interrupts=interrupts,
+            interrupts=range(INTERRUPTS),
             in_flight=IN_FLIGHT,
             mean_interval_seconds=0.1,
             seed=0,
@@ -77,7 +77,7 @@ async def test_interrupted_rollouts_are_what_the_server_returned_and_hugging_fac
 ):
     policies = calling_policies()
     config = with_strategy(config, strategy)
-    record, findings = await interrupted(config, server, run_directory, policies, INTERRUPTS)
+    record, findings = await interrupted(config, server, run_directory, policies)
     wrong = (findings.wrong_tokens, findings.wrong_masks, findings.wrong_versions)
     assert (findings.lost, findings.duplicated, wrong) == (0, 0, (0, 0, 0))
     assert findings.exact
@@ -157,7 +157,7 @@ async def test_in_place_loses_nothing_but_is_inexact_and_gives_no_old_kv_to_new_
 ):
     config, server = in_place_server
     policies = calling_policies()
-    record, findings = await interrupted(config, server, run_directory, policies, INTERRUPTS)
+    record, findings = await interrupted(config, server, run_directory, policies)
     assert findings.exact
     assert check_logprobs(record.rollouts, policies, temperature=1.0).over_limit > 100
     async with EngineClient(server.url, request_timeout_seconds=60) as client:
