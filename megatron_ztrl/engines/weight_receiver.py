@@ -89,7 +89,6 @@ def _receive(parameters: dict[str, torch.nn.Parameter], message: dict[str, Any])
     if member is None or member.group.name != message["group"]:
         return  # without a report, the driver knows
     report: dict[str, Any] = {"begun": False, "complete": False, "received_bytes": 0}
-    started = time.perf_counter()
 
     def parameter(name: str) -> torch.Tensor:
         return parameters[name].data
@@ -98,8 +97,10 @@ def _receive(parameters: dict[str, torch.nn.Parameter], message: dict[str, Any])
         _check(member, publish, parameters)
         member.gate(member.group.gate(publish))
         report["begun"], _complete_version = True, None
+        started = time.perf_counter()
         with member.transfer(publish) as channel:
             wrong = _stream(channel, member.group, parameter)
+        report["stream_seconds"] = time.perf_counter() - started
         report["received_bytes"] = sum(bucket.payload_bytes for bucket in _buckets)
         if wrong:
             raise ValueError("; ".join(wrong))
@@ -107,7 +108,6 @@ def _receive(parameters: dict[str, torch.nn.Parameter], message: dict[str, Any])
     except (RuntimeError, ValueError) as error:
         report["error"] = f"engine rank {member.rank}: {error}"
         _member = None
-    report["seconds"] = time.perf_counter() - started
     member.report(publish, report)
 
 

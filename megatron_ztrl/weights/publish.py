@@ -50,6 +50,8 @@ class PublishReport:
     """How long no engine sampled."""
     transfer_seconds: float
     """The part of it in which weights moved and were committed."""
+    stream_seconds: float | None
+    """The part of that between the moment when all ranks were ready and the last checksum; ``shards`` only."""
     total_seconds: float
     """Checks before and after included."""
     max_logprob_gap: float | None
@@ -155,6 +157,7 @@ class WeightPublisher:
             version=version,
             pause_seconds=pause_seconds,
             transfer_seconds=transfer_seconds,
+            stream_seconds=delivery.stream_seconds,
             total_seconds=time.perf_counter() - started,
             max_logprob_gap=gap,
             lost=fleet.lost_urls,

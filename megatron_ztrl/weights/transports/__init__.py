@@ -25,6 +25,8 @@ class Delivery:
     """Per trainer rank; empty where a transport cannot tell."""
     received_bytes: dict[str, list[int]] = field(default_factory=dict)
     """Per engine URL and tensor-parallel rank."""
+    stream_seconds: float | None = None
+    """From the moment when all were ready to the last checksum, in the slowest engine rank."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -82,6 +82,7 @@ class ShardTransport:
             total.lost |= attempt.lost
             total.received_bytes |= attempt.received_bytes
             total.sent_bytes = total.sent_bytes or attempt.sent_bytes
+            total.stream_seconds = (total.stream_seconds or 0.0) + attempt.stream_seconds
             waiting = [engine for engine in waiting if engine in attempt.reasons]
             if attempt.trainer_error is None and attempt.lost:
                 continue  # with fewer than before
@@ -193,6 +194,7 @@ class _Attempt:
         self.trainer_error: str | None = None
         self.sent_bytes: list[int] = []
         self.received_bytes: dict[str, list[int]] = {}
+        self.stream_seconds = 0.0
         self._joined = joined
         self._store = store
 
@@ -266,6 +268,7 @@ class _Attempt:
         for key in keys:
             self._store.delete_key(key)
         self.received_bytes[engine.url] = [report.get("received_bytes", 0) for report in reports]
+        self.stream_seconds = max(self.stream_seconds, *(r.get("stream_seconds", 0.0) for r in reports))
         if all(report.get("complete") for report in reports):
             self.complete.append(engine)
             return
