@@ -264,12 +264,13 @@ class PublishConfig(Section):
     interruption: Literal["retract", "abort", "in_place"] = "retract"
     """What happens to running requests: the server keeps them and computes their KV anew (``retract``); they
     return what they have, and the client sends them again (``abort``); or they go on with the KV of the old
-    weights (``in_place``). The last is inexact, and turns the engines' prefix cache off."""
+    weights (``in_place``). The last is inexact, and turns the engines' prefix cache off. ``retract`` is the
+    default because it pauses more briefly than ``abort`` and sends nothing twice (benchmarks/interruption.py)."""
     transport: Literal["shards", "broadcast", "disk"] = "shards"
     """Every engine rank receives exactly its slices from the ranks that hold them (``shards``); one trainer rank
     gathers whole tensors and broadcasts them, SGLang's own way (``broadcast``); or through a checkpoint in the run
     directory, which all nodes must see (``disk``)."""
-    bucket_bytes: int = 32 << 20
+    bucket_bytes: int = 16 << 20
     """Size of one message. Sending or receiving shards, a rank needs twice this memory, whatever the model's size."""
     checksums: bool = True
     """``shards`` only: compare the sum of every block's bit patterns, in the engine's parameter and where it was
