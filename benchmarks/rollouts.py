@@ -1,9 +1,11 @@
 """Speed of rollouts alone, with no training beside them: policy tokens per second of engines and executor.
 
-Two loads on the quickstart's prompts, each `--batches` batches of `--rollouts` rollouts: without the tool (N = 0)
-and with it (N = `rollout.env_iterations`). "Per generating second" leaves out the tool's share of the time that
-rollouts spent. Only tokens that the policy sampled are counted. The policy decides how long its responses are and
-how often it calls the tool, so a trained one (`model.path=runs/quickstart/policy`) is the realistic case.
+Loads on the quickstart's prompts, each `--batches` batches of `--rollouts` rollouts: without the tool (N = 0) and with
+it (N = `rollout.env_iterations`), one batch after the other, as a synchronous run rolls out; and with it, without the
+wait for each batch's last rollout ("steady": `--rollouts` in flight throughout). "Per generating second" leaves out the
+tool's share of the time that rollouts spent. Only tokens that the policy sampled are counted. The policy decides how
+long its responses are and how often it calls the tool, so a trained one (`model.path=runs/quickstart/policy`) is the
+realistic case.
 
     python benchmarks/rollouts.py [--json FILE] [a.b=c ...]
 """
@@ -17,7 +19,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Awaitable, Callable, Sequence
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 
 from rich.console import Console
@@ -48,7 +50,8 @@ def main() -> int:
     parser.add_argument("overrides", nargs="*", metavar="a.b=c")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as directory:
-        config = load_config(CONFIG, [f"run.directory={directory}", *options.overrides])
+        in_flight = f"engine.max_running_requests={options.rollouts}"
+        config = load_config(CONFIG, [f"run.directory={directory}", in_flight, *options.overrides])
         figures = asyncio.run(measure(config, options.rollouts, options.batches))
     print_table(figures)
     if options.json:
@@ -67,11 +70,14 @@ async def measure(config: Config, rollouts: int, batches: int) -> dict[str, dict
         tokenize=tokenizer.encode,
     )
     figures = {}
-    with Progress(2) as progress:
+    with Progress(3) as progress:
         async with launch_rollouts(config, Path(config.run.directory), tokenizer, progress) as system:
             for name, load in _loads(system).items():
                 progress.phase(name)
-                figures[name] = await _timed(load, source, rollouts, batches)
+                await load(list(islice(source, rollouts)))  # not counted
+                prompts = [list(islice(source, rollouts)) for _ in range(batches)]
+                figures[name] = await _timed(load, prompts)
+            figures[f"{name}, steady"] = await _timed(load, [list(chain(*prompts))])
     return figures
 
 
@@ -109,18 +115,18 @@ def _spent(rollouts: Sequence[Rollout]) -> dict[str, float]:
     }
 
 
-async def _timed(load: Load, source: PromptSource, rollouts: int, batches: int) -> dict[str, float]:
-    """Totals of ``batches`` batches: rates, and the tool's share of the time that rollouts spent."""
-    await load(list(islice(source, rollouts)))
+async def _timed(load: Load, batches: Sequence[Sequence[Prompt]]) -> dict[str, float]:
+    """Totals of ``batches``: rates, and the tool's share of the time that rollouts spent."""
     started = time.monotonic()
-    spent = [await load(list(islice(source, rollouts))) for _ in range(batches)]
+    spent = [await load(batch) for batch in batches]
     seconds = time.monotonic() - started
     total = {key: sum(batch[key] for batch in spent) for key in spent[0]}
+    rollouts = sum(map(len, batches))
     tool_share = total["tool_seconds"] / (total["tool_seconds"] + total["generate_seconds"])
     return {
-        "tokens_per_rollout": total["tokens"] / (rollouts * batches),
-        "calls_per_rollout": total["calls"] / (rollouts * batches),
-        "seconds_per_batch": seconds / batches,
+        "tokens_per_rollout": total["tokens"] / rollouts,
+        "calls_per_rollout": total["calls"] / rollouts,
+        "rollouts_per_second": rollouts / seconds,
         "tokens_per_second": total["tokens"] / seconds,
         "tool_share": tool_share,
         "tokens_per_generating_second": total["tokens"] / (seconds * (1 - tool_share)),
