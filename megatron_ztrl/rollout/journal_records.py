@@ -93,15 +93,14 @@ def sampled_record(
 
 
 def turn_record(index: int, rollout: Rollout, turn: Turn) -> bytes:
-    """A turn with a result, and its reply."""
-    assert turn.result is not None
+    """A turn that a tool answered, and its reply."""
     header = {
         "kind": "turn",
         "rollout": index,
         "start": turn.start,
         "tool_start": turn.tool_start,
         "code": turn.code,
-        "result": dataclasses.asdict(turn.result),
+        "result": None if turn.result is None else dataclasses.asdict(turn.result),
         "stop": rollout.stop_reason if turn is rollout.turns[-1] else None,
         "seconds": round(rollout.tool_seconds, 3),
     }
@@ -170,14 +169,13 @@ def _apply(header: Mapping[str, Any], arrays: bytes, rollout: Rollout) -> None:
             _apply_sampled(header, arrays, rollout)
         case "turn":
             append_reply(rollout, np.frombuffer(arrays, _TOKEN).tolist())
-            result = header["result"]
             rollout.turns.append(
                 Turn(
                     start=header["start"],
                     tool_start=header["tool_start"],
                     end=len(rollout.token_ids),
                     code=header["code"],
-                    result=ExecutionResult(**{**result, "status": ExecutionStatus(result["status"])}),
+                    result=_result(header["result"]),
                 )
             )
             rollout.ended = False
@@ -185,6 +183,10 @@ def _apply(header: Mapping[str, Any], arrays: bytes, rollout: Rollout) -> None:
         case "finished":
             rollout.reward = header["reward"]
     rollout.stop_reason = None if header["stop"] is None else StopReason(header["stop"])
+
+
+def _result(fields: Mapping[str, Any] | None) -> ExecutionResult | None:
+    return fields and ExecutionResult(**{**fields, "status": ExecutionStatus(fields["status"])})
 
 
 def _apply_sampled(header: Mapping[str, Any], arrays: bytes, rollout: Rollout) -> None:

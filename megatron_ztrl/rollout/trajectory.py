@@ -198,7 +198,11 @@ class _Run:
         turn_start, reply_start = _turn_start(rollout), len(rollout.token_ids)
         started = time.monotonic()
         reaction = await self.environment.react(self.turn_text, ended=rollout.ended)
-        if reaction.result is not None:
+        answered = reaction.result is not None or reaction.reply is not None
+        assert answered or reaction.finished, (
+            "an environment that is asked at a stop answers, or ends the rollout"
+        )
+        if answered:
             rollout.tool_seconds += time.monotonic() - started
             rollout.ended = False
             if reaction.reply is not None:
@@ -212,11 +216,11 @@ class _Run:
                     result=reaction.result,
                 )
             )
-            if reaction.result.status.is_infrastructure:
-                rollout.stop_reason = StopReason.INFRASTRUCTURE
+        if reaction.result is not None and reaction.result.status.is_infrastructure:
+            rollout.stop_reason = StopReason.INFRASTRUCTURE
         if reaction.finished and rollout.stop_reason is None:
             rollout.stop_reason = StopReason.STOP
-        if reaction.result is not None:
+        if answered:
             self.recorder.turn_done(rollout)
 
     def _append_reply(self, reply_ids: list[int]) -> None:

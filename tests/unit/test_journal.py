@@ -24,10 +24,11 @@ from megatron_ztrl.config.schema import (
     TrainConfig,
 )
 from megatron_ztrl.envs.prompt_templates import get_template
+from megatron_ztrl.rollout import journal_records as records
 from megatron_ztrl.rollout.fleet import EngineFleet
 from megatron_ztrl.rollout.group import GroupRunner
 from megatron_ztrl.rollout.journal import Journal, identity
-from megatron_ztrl.rollout.trajectory import Sampling
+from megatron_ztrl.rollout.trajectory import Sampling, append_reply, append_sampled
 from megatron_ztrl.types import (
     NOT_SAMPLED,
     Completion,
@@ -35,8 +36,10 @@ from megatron_ztrl.types import (
     ExecutionStatus,
     FinishReason,
     Prompt,
+    Rollout,
     RolloutGroup,
     StopReason,
+    Turn,
     VersionSpan,
 )
 
@@ -463,3 +466,13 @@ def test_rollouts_depend_on_what_they_were_sampled_answered_and_scored_with():
         identity(config, sampling, "other prompts"),
     ]
     assert len({first, *others}) == 5
+
+
+def test_a_reply_without_an_execution_comes_back_as_a_turn_without_a_result():
+    rollout = Rollout(rollout_id="0.0", prompt=PROMPT, prompt_ids=[81])
+    append_sampled(rollout, [1, 2], [-0.5, -1.0], [VersionSpan(version=3, start=0, end=2)])
+    append_reply(rollout, [7, 8, 9])
+    rollout.turns.append(Turn(start=0, tool_start=2, end=5))
+    restored = records.read_group(records.snapshot(0, "run", {0: rollout}), 0, "run").rollouts[0]
+    assert restored.turns == rollout.turns
+    assert (restored.token_ids, restored.loss_mask) == ([1, 2, 7, 8, 9], [True, True, False, False, False])

@@ -7,6 +7,7 @@ and characters span tokens. The real engine is used in tests/integration.
 import pytest
 
 from megatron_ztrl.config.schema import ToolConfig
+from megatron_ztrl.envs.base import Reaction
 from megatron_ztrl.envs.python_tool import PythonTool
 from megatron_ztrl.rollout.trajectory import Sampling, run_rollout
 from megatron_ztrl.types import (
@@ -179,3 +180,39 @@ async def test_a_gap_in_the_version_spans_is_an_error():
     gap = [VersionSpan(version=0, start=0, end=1)]
     with pytest.raises(AssertionError, match="cover"):
         await rollout_of([completion("ab", spans=gap)])
+
+
+class Search:
+    """A tool that executes nothing, as the README shows one."""
+
+    def stop_patterns(self):
+        return ("</search>",)
+
+    def find_stop(self, turn_text):
+        end = turn_text.find("</search>")
+        return None if end < 0 else end + len("</search>")
+
+    async def react(self, turn_text, *, ended):
+        if ended:
+            return Reaction(finished=True)
+        query = turn_text.rpartition("<search>")[2].partition("</search>")[0]
+        return Reaction(reply=f"<result>{query}!</result>")
+
+
+async def test_a_tool_that_replies_without_an_execution_gets_a_masked_reply_and_a_turn():
+    rollout = await run_rollout(
+        "0.0",
+        Prompt(prompt_id="p", problem="", text="Q:", ground_truth="4", data_source="test"),
+        engine=ScriptedEngine([completion("<search>é</search>..", matched="</search>"), last([52, EOS])]),
+        tokenizer=ByteTokenizer(),
+        environment=Search(),
+        sampling=Sampling(temperature=1.0, top_p=1.0, max_response_tokens=200),
+    )
+    assert rollout.text == "<search>é</search><result>é!</result>4\0"
+    assert rollout.loss_mask == [True] * 19 + [False] * 20 + [True] * 2
+    assert [(turn.tool_start, turn.end, turn.result) for turn in rollout.turns] == [
+        (19, 39, None),
+        (41, 41, None),
+    ]
+    assert rollout.executed_calls == 0
+    assert rollout.stop_reason is StopReason.STOP
