@@ -43,10 +43,14 @@ async def train(session: TrainingSession) -> bool:
             taken = await session.take_groups()
         if taken is None:  # interrupted while waiting: nothing of this step has happened yet
             break
-        minibatches = pack_minibatches(taken.groups, config, session.rng(version))
+        # In threads: at full size these take seconds, and rollouts go on meanwhile.
+        rng = session.rng(version)
+        minibatches = await asyncio.to_thread(pack_minibatches, taken.groups, config, rng)
         with clock.phase("logprobs"):
             scores = await asyncio.gather(*(system.scores(minibatch) for minibatch in minibatches))
-        minibatches, batch_statistics = with_targets(minibatches, scores, config, version)
+        minibatches, batch_statistics = await asyncio.to_thread(
+            with_targets, minibatches, scores, config, version
+        )
         with clock.phase("train"):
             statistics = [
                 batch_statistics | await system.train_step(minibatch, version) for minibatch in minibatches
