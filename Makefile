@@ -33,7 +33,8 @@ test-unit: env  ## unit tests only
 	@$(VENV)/python -m pytest tests/unit -m "not slow" $(ARGS)
 
 test-all: env  ## all tests that this machine can run, slow ones too
-	@$(PYTEST) tests $(ARGS)
+	@$(PYTEST) $(TEST_FOLDERS) $(ARGS)
+	@$(VENV)/python -m pytest tests/gpu $(ARGS)
 
 lint: env  ## ruff, formatting, import layers
 	@$(VENV)/ruff check $(wildcard $(SOURCES))
