@@ -5,9 +5,6 @@ VENV := .venv/bin
 TEST_FOLDERS = $(wildcard tests/unit tests/distributed tests/integration tests/e2e)
 SOURCES := megatron_ztrl sandbox tools examples tests benchmarks setup.py
 ARGS ?=
-# Test processes; the files are dealt out among them. Most of a test's time is one core's.
-TEST_PROCESSES ?= 2
-PYTEST := $(VENV)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile
 
 # Many processes share few cores here; one intra-op thread each is fastest. The user's own value wins.
 export OMP_NUM_THREADS ?= 1
@@ -27,14 +24,13 @@ quickstart: env  ## train a tiny model end to end on this machine; options in AR
 test test-unit test-all: export HF_HUB_OFFLINE = 1
 
 test: env  ## unit, distributed, integration and end-to-end tests, except those marked slow
-	@$(PYTEST) $(TEST_FOLDERS) -m "not slow and not gpu" $(ARGS)
+	@$(VENV)/python -m pytest $(TEST_FOLDERS) -m "not slow and not gpu" $(ARGS)
 
 test-unit: env  ## unit tests only
 	@$(VENV)/python -m pytest tests/unit -m "not slow" $(ARGS)
 
 test-all: env  ## all tests that this machine can run, slow ones too
-	@$(PYTEST) $(TEST_FOLDERS) $(ARGS)
-	@$(VENV)/python -m pytest tests/gpu $(ARGS)
+	@$(VENV)/python -m pytest tests $(ARGS)
 
 lint: env  ## ruff, formatting, import layers
 	@$(VENV)/ruff check $(wildcard $(SOURCES))

@@ -2,9 +2,11 @@
 
 import json
 
+import pytest
 from running import QUICKSTART, SMALL, assert_nothing_left, rows, ztrl
 
 
+@pytest.mark.slow
 def test_steps_end_while_an_evaluation_runs_whose_results_are_its_own_step_s(tmp_path, marker):
     run = tmp_path / "run"
     process = ztrl(

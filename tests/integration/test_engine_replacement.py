@@ -194,6 +194,7 @@ async def test_an_executor_that_is_killed_costs_no_rollout(run):
     await run.until(lambda: run.serves("executor 0", other_than_pid=before["pid"]))
 
 
+@pytest.mark.slow
 async def test_an_engine_that_dies_while_the_actor_trains_comes_back_with_the_next_publish(run):
     before = run.processes()["engine 1"]
     await run.engines.before_actor_changes()

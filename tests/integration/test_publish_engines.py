@@ -43,6 +43,7 @@ async def samples_from(client, model):
     return completion.logprobs == pytest.approx(expected, abs=1e-4)
 
 
+@pytest.mark.slow  # a second engine, and its start; tests/distributed kills without one
 async def test_an_engine_killed_while_it_receives_is_lost_and_the_one_it_feeds_gets_the_weights_all_the_same(
     config, world, client, second_server
 ):
