@@ -186,7 +186,9 @@ def _apply(header: Mapping[str, Any], arrays: bytes, rollout: Rollout) -> None:
 
 
 def _result(fields: Mapping[str, Any] | None) -> ExecutionResult | None:
-    return fields and ExecutionResult(**{**fields, "status": ExecutionStatus(fields["status"])})
+    if fields is None:
+        return None
+    return ExecutionResult(**{**fields, "status": ExecutionStatus(fields["status"])})
 
 
 def _apply_sampled(header: Mapping[str, Any], arrays: bytes, rollout: Rollout) -> None:
