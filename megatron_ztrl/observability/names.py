@@ -1,6 +1,7 @@
-"""The keys of ``metrics.jsonl``. Every row also has ``step``, ``split`` and ``wall_seconds``.
+"""The keys of ``metrics.jsonl`` that the code reads again; docs/metrics.md explains all that are written.
 
-Rows of the split ``eval`` also have ``env_iterations`` (N) and, per data set, ``eval/<data set>/<measure>``.
+Every row also has ``step``, ``split`` and ``wall_seconds``; rows of the split ``eval`` have ``env_iterations`` (N) and,
+per data set, ``eval/<data set>/<measure>``.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ FINISHED_FILE = "finished"
 """The last step of a run that has also evaluated and exported its last policy."""
 
 STEP = "step"
-"""Optimizer steps behind the policy that this row speaks of."""
+"""Training steps behind the policy that this row speaks of."""
 SPLIT = "split"
 ENV_ITERATIONS = "env_iterations"
 WALL_SECONDS = "wall_seconds"
