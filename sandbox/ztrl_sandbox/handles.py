@@ -97,7 +97,8 @@ class Call:
             flooded = self.stdout.flooded or self.stderr.flooded
             return Status.OUTPUT_TRUNCATED if flooded else Status.SANDBOX_ERROR
         if reason is not None:
-            return {"timeout": Status.TIMEOUT, "memory": Status.MEMORY, "processes": Status.KILLED}[reason]
+            # "closed": a session's code that closed its own channel, so that nobody could tell when it ends.
+            return {"timeout": Status.TIMEOUT, "memory": Status.MEMORY}.get(reason, Status.KILLED)
         if exit_code == MEMORY_EXIT_CODE:
             return Status.MEMORY
         if exit_code == -signal.SIGXCPU:

@@ -91,6 +91,7 @@ ABUSES = {
         "import os\nfor fd in range(3, 256):\n  try:\n    os.write(fd, bytes(8))\n  except OSError: pass"
     ),
     "every descriptor closed": "import os; os.closerange(0, 256)",
+    "every descriptor closed long before the end": "import os, time\nos.closerange(3, 256)\ntime.sleep(60)",
     "requests read by a thread": (
         "import os, socket, threading\n"
         "def steal():\n  while True: socket.recv_fds(socket.socket(fileno=os.dup(3)), 4096, 4)\n"
