@@ -43,7 +43,7 @@ class Limits:
     memory_bytes: int = 1 << 30
     """Address space that a process may add to the preloaded interpreter's; also caps its process tree."""
     scratch_bytes: int = 64 << 20
-    """Size of the scratch directory (a cap only in the ``namespaces`` tier)."""
+    """Size of the scratch directory (a cap in ``full`` and ``user`` only)."""
     scratch_inodes: int = 4096
     file_bytes: int = 64 << 20
     open_files: int = 256
