@@ -17,8 +17,8 @@ INK = "#1a1d21"
 MUTED = "#6a7280"
 GREY = "#9aa2ae"
 GRID = "#e8eaee"
-SHADES = ("#1b3f9e", "#2457d6", "#5b82e6", "#93b0f2", "#c4d3f8", "#d9dce2")
-"""Dark to light, then grey for the rest."""
+SHADES = ("#1b3f9e", "#2457d6", "#4670d8", "#93b0f2", "#c4d3f8", "#d9dce2")
+"""Dark to light, then grey for the rest. White text on the first three, and these on white, have a contrast of 4.5."""
 _FONTS = ("Inter", "Helvetica Neue", "Helvetica", "Arial", "Liberation Sans", "DejaVu Sans")
 _LABEL_GAP = 0.085
 """Least distance of two line labels, as a share of the axes' height."""
