@@ -9,6 +9,7 @@ import itertools
 import json
 from collections.abc import AsyncIterator, Mapping
 from pathlib import Path
+from statistics import fmean
 
 from megatron_ztrl.config.schema import Config
 from megatron_ztrl.data.prompts import load_prompts
@@ -27,21 +28,21 @@ from megatron_ztrl.weights.hf_checkpoint import HFCheckpointReader
 _FIRST_MEASURES = (names.ACCURACY, names.CODE_PROPORTION, names.CODE_RATIO)
 
 
-class EngineShare:
-    """At most so many of a fleet's rollouts.
+class UrgentShare:
+    """At most so many of a fleet's rollouts (None: no limit), seated before all that wait for an engine.
 
-    A rollout waits for its turn here, then in the fleet's line, which is first come, first served: so training
-    always has the rest of the engines, and the evaluation never waits for more than those before it.
+    Thousands of rollouts of later training steps may stand in that line, and the next publish, or all of training,
+    waits for the evaluation. The limit is what leaves training the rest of the engines.
     """
 
-    def __init__(self, fleet: EngineFleet, max_rollouts: int) -> None:
+    def __init__(self, fleet: EngineFleet, max_rollouts: int | None) -> None:
         self._fleet = fleet
-        self._slots = asyncio.Semaphore(max_rollouts)
+        self._slots = contextlib.nullcontext() if max_rollouts is None else asyncio.Semaphore(max_rollouts)
 
     @contextlib.asynccontextmanager
     async def engine(self) -> AsyncIterator[Engine]:
         """The engine of one rollout."""
-        async with self._slots, self._fleet.engine() as engine:
+        async with self._slots, self._fleet.engine(urgent=True) as engine:
             yield engine
 
 
@@ -65,7 +66,8 @@ class Evaluator:
             )
         )
         slots = config.engine.max_running_requests * config.engine.count
-        self._share = EngineShare(system.fleet, max(1, int(config.eval.beside_share * slots)))
+        self._beside = UrgentShare(system.fleet, max(1, int(config.eval.beside_share * slots)))
+        self._alone = UrgentShare(system.fleet, None)
 
     @property
     def identity(self) -> str:
@@ -86,9 +88,9 @@ class Evaluator:
         Returns:
             Metrics ``<data set>/<statistic>``, and the rollouts.
         """
-        runner = dataclasses.replace(self._runner, journal=journal)
-        if beside:
-            runner = dataclasses.replace(runner, fleet=self._share)
+        runner = dataclasses.replace(
+            self._runner, journal=journal, fleet=self._beside if beside else self._alone
+        )
         metrics: dict[str, float] = {}
         every: list[Rollout] = []
         group_ids = itertools.count()
@@ -107,9 +109,11 @@ class Evaluator:
             rollouts = [rollout for group in groups for rollout in group.rollouts]
             every += rollouts
             statistics = rollout_statistics(rollouts)
-            statistics["pass_at_k"] = sum(
-                any(rollout.reward for rollout in group.rollouts) for group in groups
-            ) / len(groups)
+            scored = [group for group in groups if any(rollout.trainable for rollout in group.rollouts)]
+            if scored:
+                statistics["pass_at_k"] = fmean(
+                    any(rollout.reward for rollout in group.rollouts) for group in scored
+                )
             metrics |= {f"{name}/{key}": value for key, value in statistics.items()}
         return metrics, every
 

@@ -12,6 +12,7 @@ import heapq
 import itertools
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from megatron_ztrl.engines.client import EngineUnreachable
 from megatron_ztrl.rollout.trajectory import Engine
@@ -56,9 +57,13 @@ class _Member:
                     self.quiet.set()
 
 
+_Ticket = tuple[bool, int]
+"""Whether others go first, and when it came."""
+
+
 @dataclass(order=True)
 class _Waiter:
-    ticket: int
+    ticket: _Ticket
     seated: asyncio.Future[_Member] = field(compare=False)
 
 
@@ -72,7 +77,8 @@ class EngineFleet:
     Args:
         engines: One client per server.
         max_concurrent_per_engine: Rollouts that one engine has at a time. More wait here, not in its queue, and
-            the one that came first is seated first, even if it loses its engine meanwhile.
+            the one that came first is seated first, even if it loses its engine meanwhile; urgent ones before all
+            others.
         on_unreachable: Told of an engine that the fleet removed because a call found nobody there; it may add
             it again. Without it an error that leaves no engine is raised to the rollout.
     """
@@ -134,16 +140,16 @@ class EngineFleet:
                 member.calls.pop().reschedule(asyncio.get_running_loop().time())
 
     @contextlib.asynccontextmanager
-    async def engine(self) -> AsyncIterator[Engine]:
+    async def engine(self, *, urgent: bool = False) -> AsyncIterator[Engine]:
         """The engine of one rollout, whichever that is from call to call."""
-        seat = _Seat(self, next(self._tickets))
+        seat = _Seat(self, (not urgent, next(self._tickets)))
         await seat.take()
         try:
             yield seat
         finally:
             seat.leave()
 
-    async def take_place(self, ticket: int) -> _Member:
+    async def take_place(self, ticket: _Ticket) -> _Member:
         """A place on the engine with the fewest rollouts; of those that wait, the lowest ticket has it first."""
         member = self._least_loaded()  # nobody waits while a place is free
         if member is not None:
@@ -196,7 +202,7 @@ class EngineFleet:
 class _Seat:
     """One rollout's engine, as `run_rollout` sees it."""
 
-    def __init__(self, fleet: EngineFleet, ticket: int) -> None:
+    def __init__(self, fleet: EngineFleet, ticket: _Ticket) -> None:
         self._fleet = fleet
         self._ticket = ticket
         self._member: _Member | None = None
@@ -210,30 +216,14 @@ class _Seat:
             member, self._member = self._member, None
             self._fleet.leave_place(member)
 
-    async def generate(
-        self,
-        input_ids: Sequence[int],
-        *,
-        max_new_tokens: int,
-        stop_patterns: Sequence[str],
-        temperature: float,
-        top_p: float,
-        request_id: str,
-    ) -> Completion:
-        """Like `EngineClient.generate`; where no answer will come, an interruption without tokens."""
+    async def generate(self, input_ids: Sequence[int], **request: Any) -> Completion:
+        """`Engine.generate` of the engine; where no answer will come, an interruption without tokens."""
         member = self._member
         assert member is not None
         if member.open:
             try:
                 async with member.call() as call:
-                    return await member.engine.generate(
-                        input_ids,
-                        max_new_tokens=max_new_tokens,
-                        stop_patterns=stop_patterns,
-                        temperature=temperature,
-                        top_p=top_p,
-                        request_id=request_id,
-                    )
+                    return await member.engine.generate(input_ids, **request)
             except EngineUnreachable as error:
                 self._fleet.unreachable(member, error)
             except TimeoutError:

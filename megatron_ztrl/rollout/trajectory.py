@@ -262,7 +262,9 @@ def append_sampled(
     versions = [NOT_SAMPLED] * count
     for span in spans:
         versions[span.start : span.end] = [span.version] * (span.end - span.start)
-    assert NOT_SAMPLED not in versions, "the version spans of a completion cover all its tokens"
+    assert len(versions) == len(logprobs) == count and NOT_SAMPLED not in versions, (
+        "a completion has a log-prob for each of its tokens, and its version spans cover them"
+    )
     rollout.token_ids.extend(token_ids)
     rollout.logprobs.extend(logprobs)
     rollout.loss_mask.extend([True] * count)

@@ -20,7 +20,14 @@ from megatron_ztrl.evaluate import Evaluator
 from megatron_ztrl.rollout.fleet import EngineFleet
 from megatron_ztrl.rollout.group import GroupRunner
 from megatron_ztrl.rollout.journal import Journal
-from megatron_ztrl.types import Completion, FinishReason, Prompt, VersionSpan
+from megatron_ztrl.types import (
+    Completion,
+    ExecutionResult,
+    ExecutionStatus,
+    FinishReason,
+    Prompt,
+    VersionSpan,
+)
 
 EOS = 0
 DATASETS = {"easy": 2, "hard": 3}
@@ -70,7 +77,10 @@ async def score(text, ground_truth):
     return float(ground_truth in text)
 
 
-def evaluator_on(engine, *, share=0.25):
+TEXTS = {name: [f"{name}{row}" for row in range(count)] for name, count in DATASETS.items()}
+
+
+def evaluator_on(engine, *, share=0.25, texts=TEXTS, fleet=None, execute=None):
     config = Config(
         run=RunConfig(directory="run"),
         model=ModelConfig(path="model"),
@@ -79,13 +89,13 @@ def evaluator_on(engine, *, share=0.25):
         engine=EngineConfig(max_running_requests=12),
         eval=EvalConfig(samples_per_prompt=SAMPLES, beside_share=share),
     )
-    fleet = EngineFleet([engine], max_concurrent_per_engine=12)
+    fleet = fleet or EngineFleet([engine], max_concurrent_per_engine=12)
 
     def group_runner(sampling):
         return GroupRunner(
             fleet=fleet,
             tokenizer=ByteTokenizer(),
-            execute=None,
+            execute=execute,
             score=score,
             template=get_template("plain"),
             tool=config.tool,
@@ -97,13 +107,13 @@ def evaluator_on(engine, *, share=0.25):
             Prompt(
                 prompt_id=f"{name}:{row}",
                 problem="",
-                text=f"{name}{row}=",
+                text=f"{text}=",
                 ground_truth="easy",
                 data_source=name,
             )
-            for row in range(count)
+            for row, text in enumerate(of_set)
         ]
-        for name, count in DATASETS.items()
+        for name, of_set in texts.items()
     }
     system = SimpleNamespace(config=config, group_runner=group_runner, fleet=fleet)
     return Evaluator(system, prompts)
@@ -114,6 +124,37 @@ async def test_every_data_set_is_measured_by_itself():
     assert metrics["easy/accuracy"] == metrics["easy/pass_at_k"] == 1.0
     assert metrics["hard/accuracy"] == metrics["hard/pass_at_k"] == 0.0
     assert len(rollouts) == SAMPLES * sum(DATASETS.values())
+
+
+async def test_a_problem_that_the_infrastructure_failed_counts_neither_as_solved_nor_as_unsolved():
+    async def no_executor(code):
+        return ExecutionResult(
+            status=ExecutionStatus.SANDBOX_ERROR, stdout="", stderr="", run_seconds=0.0, queue_seconds=0.0
+        )
+
+    texts = {"d": ["```python\n1\n```", "easy", "hard"], "down": ["```python\n2\n```"]}
+    metrics, _ = await evaluator_on(Echo(), texts=texts, execute=no_executor).evaluate(1)
+    assert (metrics["d/accuracy"], metrics["d/pass_at_k"]) == (0.5, 0.5)
+    assert metrics["d/infrastructure_failures"] == pytest.approx(1 / 3)
+    assert not {"down/accuracy", "down/pass_at_k"} & set(metrics)
+
+
+@pytest.mark.parametrize("beside", [True, False])
+async def test_it_does_not_stand_in_line_behind_rollouts_of_later_training_steps(beside):
+    engine = Echo()
+    fleet = EngineFleet([engine], max_concurrent_per_engine=2)
+    seated = []
+
+    async def train(name):
+        async with fleet.engine():
+            seated.append(name)
+            await asyncio.sleep(0.001)
+
+    waiting = [asyncio.create_task(train(name)) for name in range(20)]
+    await asyncio.sleep(0)
+    await evaluator_on(engine, texts={"d": ["easy"]}, fleet=fleet).evaluate(0, beside=beside)
+    assert len(seated) < 10
+    await asyncio.gather(*waiting)
 
 
 @pytest.mark.parametrize(("share", "most"), [(0.25, 3), (0.01, 1), (1.0, 12)])

@@ -67,8 +67,8 @@ class NoTool:
         return Reaction()
 
 
-async def roll_out(fleet, name="0"):
-    async with fleet.engine() as engine:
+async def roll_out(fleet, name="0", *, urgent=False):
+    async with fleet.engine(urgent=urgent) as engine:
         return await run_rollout(
             name,
             Prompt(prompt_id="p", problem="", text="1 2 3", ground_truth="", data_source="test"),
@@ -155,6 +155,19 @@ async def test_those_who_lost_their_engine_are_seated_before_those_who_came_late
     for rollout in await asyncio.gather(*rollouts):
         assert_whole(rollout)
     assert [name for name, _ in second.calls] == ["0"] * 3 + ["1"] * 3 + ["2"] * 3
+
+
+async def test_an_urgent_rollout_is_seated_before_all_that_wait_and_moves_nobody():
+    engine = CountingEngine()
+    engine.gate.clear()
+    fleet = EngineFleet([engine], max_concurrent_per_engine=1)
+    rollouts = [asyncio.create_task(roll_out(fleet, str(i))) for i in range(3)]
+    rollouts += [asyncio.create_task(roll_out(fleet, name, urgent=True)) for name in ("u", "v")]
+    await until(lambda: engine.calls)
+    engine.gate.set()
+    for rollout in await asyncio.gather(*rollouts):
+        assert_whole(rollout)
+    assert [name for name, _ in engine.calls] == [name for name in "0uv12" for _ in range(3)]
 
 
 async def test_calls_to_an_engine_that_is_abandoned_wait_no_longer():
