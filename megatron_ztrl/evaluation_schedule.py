@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 
 from megatron_ztrl.evaluate import Evaluator, evaluation_line
@@ -62,21 +62,21 @@ class EvaluationSchedule:
     async def start_if_due(self, version: int) -> None:
         """Starts the evaluation of the current policy if there is one to do, and waits for it if training has to.
 
+        Whoever stops waiting ends no evaluation: that is for `stop`.
+
         Raises:
             Exception: An evaluation has failed, this one or an earlier.
         """
         self._raise_what_failed()
-        if not self._is_due(version):
-            return
-        waits = version in (0, self._config.train.num_steps) or self._config.eval.beside_steps == 0
-        self._start(version, beside=not waits)
-        if waits:
+        if self._is_due(version):
+            self._start(version)
+        if version in self._running and self._training_waits_for(version):
             await self.finish()
 
     def restart(self, versions: Iterable[int]) -> None:
         """Goes on with what was `unfinished` when the checkpoint of a resumed run was made."""
         for version in versions:
-            self._start(version, beside=True)
+            self._start(version)
 
     async def wait_before_publish(self, version: int) -> None:
         """Waits for every evaluation that is not to see the policy ``version``."""
@@ -85,12 +85,11 @@ class EvaluationSchedule:
         due = [task for evaluated, task in self._running.items() if evaluated + steps <= version]
         if due:
             self._progress.phase("waiting for the evaluation")
-            await asyncio.gather(*due)
+            await self._wait_for(due)
 
     async def finish(self) -> None:
         """Waits for everything that runs."""
-        await asyncio.gather(*self._running.values())
-        self._raise_what_failed()
+        await self._wait_for(self._running.values())
 
     def unfinished(self) -> list[int]:
         """The versions whose evaluation is under way: state for the checkpoint."""
@@ -108,6 +107,9 @@ class EvaluationSchedule:
         is_end = version in (0, self._config.train.num_steps)
         return interval > 0 and version not in self._running and (is_end or version % interval == 0)
 
+    def _training_waits_for(self, version: int) -> bool:
+        return version in (0, self._config.train.num_steps) or self._config.eval.beside_steps == 0
+
     def _sweep(self, version: int) -> Sequence[int]:
         """The values of N of one evaluation."""
         settings = self._config.eval
@@ -116,10 +118,11 @@ class EvaluationSchedule:
             settings.env_iterations if is_end else settings.interval_env_iterations or settings.env_iterations
         )
 
-    def _start(self, version: int, *, beside: bool) -> None:
-        self._running[version] = asyncio.create_task(self._evaluate(version, beside=beside))
+    def _start(self, version: int) -> None:
+        self._running[version] = asyncio.create_task(self._evaluate(version))
 
-    async def _evaluate(self, version: int, *, beside: bool) -> None:
+    async def _evaluate(self, version: int) -> None:
+        beside = not self._training_waits_for(version)
         for env_iterations in self._sweep(version):
             if (version, env_iterations) in self._done:  # by the run that this one resumes
                 continue
@@ -154,6 +157,11 @@ class EvaluationSchedule:
         )
         self._done.add((version, env_iterations))
         self._progress.note(f"step {version}  N = {env_iterations}  {evaluation_line(metrics)}")
+
+    async def _wait_for(self, evaluations: Collection[asyncio.Task[None]]) -> None:
+        if evaluations:  # not gather(), which would end them when it is cancelled
+            await asyncio.wait(evaluations, return_when=asyncio.FIRST_EXCEPTION)
+        self._raise_what_failed()
 
     def _raise_what_failed(self) -> None:
         for version in [version for version, task in self._running.items() if task.done()]:

@@ -20,7 +20,7 @@ from megatron_ztrl.observability.names import FINISHED_FILE
 from megatron_ztrl.observability.progress import Progress
 from megatron_ztrl.observability.run_info import write_run_info
 from megatron_ztrl.runtime.checkpoints import CheckpointStore, read_state, verify
-from megatron_ztrl.runtime.interrupt import StopRequest
+from megatron_ztrl.runtime.interrupt import StopRequest, unless_stopped
 from megatron_ztrl.runtime.system import launch
 from megatron_ztrl.session import TrainingSession
 from megatron_ztrl.weights.hf_checkpoint import HFCheckpointReader
@@ -37,11 +37,11 @@ async def train(session: TrainingSession) -> bool:
     await system.publish(version)
     session.start()
     while version < config.train.num_steps and not session.stop.is_set():
-        await evaluations.start_if_due(version)
+        await unless_stopped(session.stop, evaluations.start_if_due(version))
         clock = PhaseClock()
         with clock.phase("rollout"):
             taken = await session.take_groups()
-        if taken is None:  # interrupted while waiting: nothing of this step has happened yet
+        if taken is None:  # told to stop: nothing of this step has happened yet
             break
         # In threads: at full size these take seconds, and rollouts go on meanwhile.
         rng = session.rng(version)

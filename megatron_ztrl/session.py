@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import functools
 import random
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -12,7 +13,6 @@ from typing import Any, Self
 
 import numpy as np
 
-from megatron_ztrl.algorithms.filters import keep_group
 from megatron_ztrl.config.schema import Config
 from megatron_ztrl.data.mismatch import mismatch_warning
 from megatron_ztrl.data.prompts import PromptSource
@@ -24,17 +24,20 @@ from megatron_ztrl.observability.metrics import MetricsLogger
 from megatron_ztrl.observability.progress import Progress
 from megatron_ztrl.observability.rollout_log import RolloutLog
 from megatron_ztrl.rollout.deadlines import Deadlines
+from megatron_ztrl.rollout.group_filter import GroupFilter
 from megatron_ztrl.rollout.journal import Journal, identity
 from megatron_ztrl.rollout.scheduler import RolloutScheduler, TakenGroups
 from megatron_ztrl.rollout.step_metrics import step_metrics
 from megatron_ztrl.rollout.trajectory import Sampling
 from megatron_ztrl.runtime.checkpoints import CheckpointStore
 from megatron_ztrl.runtime.driver_state import DriverState
+from megatron_ztrl.runtime.interrupt import unless_stopped
 from megatron_ztrl.runtime.system import System
-from megatron_ztrl.types import Prompt, RolloutGroup
 
 _SHOWN_DAMAGE = 3
 """Files of a damaged journal that are named."""
+_PATIENCE_STEPS = 5
+"""As many groups as so many steps take may be refused one after the other before the user is told."""
 
 
 class TrainingSession:
@@ -90,30 +93,7 @@ class TrainingSession:
         self.evaluations = EvaluationSchedule(
             evaluator, self._metrics, self._rollout_log, progress, restored_version=state.version
         )
-        runner = dataclasses.replace(
-            system.rollouts.group_runner(sampling),
-            journal=self._journal,
-            deadlines=Deadlines(
-                rollout_seconds=config.rollout.deadline_seconds,
-                group_seconds=config.rollout.group_deadline_seconds,
-            ),
-        )
-
-        async def run_group(group_id: int, prompt: Prompt) -> RolloutGroup:
-            return await runner.run(
-                group_id,
-                prompt,
-                group_size=config.rollout.group_size,
-                env_iterations=config.rollout.env_iterations,
-            )
-
-        self.scheduler = RolloutScheduler(
-            lambda: next(source),
-            run_group,
-            lambda group: keep_group(group, config.algorithm),
-            groups_per_step=config.rollout.groups_per_step,
-            max_staleness=config.rollout.max_staleness,
-        )
+        self.scheduler = self._make_scheduler(sampling)
 
     async def __aenter__(self) -> Self:
         return self
@@ -139,17 +119,9 @@ class TrainingSession:
         self.evaluations.restart(self._restored.evaluations)
 
     async def take_groups(self) -> TakenGroups | None:
-        """The groups of the next step; None when the run was told to stop while it waited for them."""
+        """The groups of the next step; None when the run was told to stop before they were there."""
         self._progress.phase("rollouts")
-        take = asyncio.create_task(self.scheduler.take(self.config.rollout.groups_per_step))
-        interrupted = asyncio.create_task(self.stop.wait())
-        await asyncio.wait({take, interrupted}, return_when=asyncio.FIRST_COMPLETED)
-        interrupted.cancel()
-        if not take.done():
-            take.cancel()
-            await asyncio.wait({take})
-            return None
-        return take.result()
+        return await unless_stopped(self.stop, self.scheduler.take(self.config.rollout.groups_per_step))
 
     def rng(self, version: int) -> np.random.Generator:
         """Randomness of one step: the same after a resume."""
@@ -211,32 +183,66 @@ class TrainingSession:
         await self._store.save(version, self.system, state.as_json())
 
     async def finish(self, version: int) -> bool:
-        """Saves; after the last step also evaluates and exports. Returns whether it was the last."""
+        """Saves; after the last step also evaluates and exports. Returns whether nothing is left to do."""
         await self.save(version)
         await self._store.complete()
-        finished = version >= self.config.train.num_steps
-        if not finished:
-            await self.system.rollouts.engines.interrupt()  # what they have sampled goes into the journal
+        if version >= self.config.train.num_steps:
+            await self.scheduler.stop()
+            if await unless_stopped(self.stop, self._end_evaluations(version)):
+                await self._export()
+                (self._directory / names.FINISHED_FILE).write_text(f"{version}\n")
+                return True
+        await self.system.rollouts.engines.interrupt()  # what they have sampled goes into the journals
         await self.scheduler.stop()
-        if finished:
-            await self.evaluations.start_if_due(version)
-            await self.evaluations.finish()
-            if self.config.checkpoint.export_hf:
-                self._progress.phase("exporting the policy")
-                await self.system.actor.export_hf(self._directory / "policy")
-                if self.system.critic is not None:
-                    await self.system.critic.export_hf(self._directory / "critic")
-            (self._directory / names.FINISHED_FILE).write_text(f"{version}\n")
-        return finished
+        return False
+
+    async def _end_evaluations(self, version: int) -> bool:
+        """Returns True when none is left."""
+        await self.evaluations.start_if_due(version)
+        await self.evaluations.finish()
+        return True
+
+    async def _export(self) -> None:
+        """Writes the policy, and the critic if there is one, in Hugging Face format."""
+        if self.config.checkpoint.export_hf:
+            self._progress.phase("exporting the policy")
+            await self.system.actor.export_hf(self._directory / "policy")
+            if self.system.critic is not None:
+                await self.system.critic.export_hf(self._directory / "critic")
+
+    def _make_scheduler(self, sampling: Sampling) -> RolloutScheduler:
+        rollout = self.config.rollout
+        deadlines = Deadlines(
+            rollout_seconds=rollout.deadline_seconds, group_seconds=rollout.group_deadline_seconds
+        )
+        runner = dataclasses.replace(
+            self.system.rollouts.group_runner(sampling), journal=self._journal, deadlines=deadlines
+        )
+        keep_group = GroupFilter(
+            self.config.algorithm,
+            patience_groups=_PATIENCE_STEPS * rollout.groups_per_step,
+            note=self._progress.note,
+        )
+        return RolloutScheduler(
+            self._source.__next__,
+            functools.partial(
+                runner.run, group_size=rollout.group_size, env_iterations=rollout.env_iterations
+            ),
+            keep_group,
+            groups_per_step=rollout.groups_per_step,
+            max_staleness=rollout.max_staleness,
+        )
 
     def _open_journal(self, sampling: Sampling, *, resume: bool) -> Journal:
         """Reads the rollouts that were in flight; a run that begins removes what another has left."""
         config, state = self.config, self._restored
         fingerprint = self._source.state()["fingerprint"]
-        lengths = (config.rollout.group_size, config.rollout.env_iterations)
+        rollout = config.rollout
+        # With a smaller max_staleness, tokens that were sampled under a larger one may be too old.
+        limits = (rollout.group_size, rollout.env_iterations, rollout.max_staleness)
         journal = Journal(
             self._directory / "journal" / "train",
-            identity=identity(config, sampling, fingerprint, *lengths),
+            identity=identity(config, sampling, fingerprint, *limits),
         )
         if not resume:
             journal.clear()

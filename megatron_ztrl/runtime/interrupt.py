@@ -5,7 +5,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
+from typing import TypeVar
+
+_T = TypeVar("_T")
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -45,3 +48,19 @@ class StopRequest:
             self._note("stopping at once; the last saved checkpoint stays")
             assert self._task is not None
             self._task.cancel()
+
+
+async def unless_stopped(stop: asyncio.Event, work: Awaitable[_T]) -> _T | None:
+    """What ``work`` returns; None when ``stop`` is set already, or before the end: the work is cancelled then."""
+    working = asyncio.ensure_future(work)
+    stopped = asyncio.create_task(stop.wait())
+    try:
+        if stop.is_set():
+            return None
+        await asyncio.wait({working, stopped}, return_when=asyncio.FIRST_COMPLETED)
+        return working.result() if working.done() else None
+    finally:
+        stopped.cancel()
+        if not working.done():
+            working.cancel()
+            await asyncio.wait({working})

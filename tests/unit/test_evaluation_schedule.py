@@ -138,6 +138,32 @@ async def test_what_was_running_at_the_checkpoint_is_evaluated_once_after_a_resu
     assert third.evaluator.begun == []
 
 
+async def test_whoever_stops_waiting_for_an_evaluation_does_not_end_it(tmp_path):
+    first = Run(tmp_path)
+    waiting = asyncio.create_task(first.schedule.start_if_due(0))
+    await settle()
+    waiting.cancel()
+    await asyncio.gather(waiting, return_exceptions=True)
+    assert first.schedule.unfinished() == [0]  # it runs: what the engines have sampled can still be kept
+    await first.schedule.stop()
+    assert first.schedule.unfinished() == []
+
+
+@pytest.mark.parametrize("version", [0, 10])
+async def test_after_a_resume_training_waits_as_it_did_for_an_evaluation_that_was_under_way(
+    tmp_path, version
+):
+    run = Run(tmp_path, restored=version, beside_steps=3)
+    run.schedule.restart([version])
+    start = asyncio.create_task(run.schedule.start_if_due(version))
+    await settle()
+    assert run.evaluator.begun == [(0, False)]  # with all engines
+    assert not start.done()
+    run.evaluator.gate.set()
+    await start
+    assert run.logged() == [(version, 0), (version, 2)]
+
+
 async def test_a_sweep_that_was_cut_short_goes_on_with_the_values_of_n_that_are_missing(tmp_path):
     MetricsLogger(tmp_path, LOGGING).log({}, step=0, split="eval", env_iterations=0)
     run = Run(tmp_path, restored=0)
