@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from megatron_ztrl.config.errors import ConfigError
-from megatron_ztrl.config.schema import Config, DatasetConfig
+from megatron_ztrl.config.errors import ConfigError, did_you_mean
+from megatron_ztrl.config.extensions import is_reference, load_object
+from megatron_ztrl.config.schema import PROMPT_TEMPLATES, Config, DatasetConfig
 
 _POSITIVE = math.ulp(0.0)
 """Smallest number above 0: a lower bound for what must be positive."""
@@ -99,7 +101,7 @@ def check_config(config: Config) -> None:
     """
     problems = [
         problem
-        for check in (_ranges, _paths, _lengths, _importance, _evaluation, _engines, _executors)
+        for check in (_ranges, _paths, _extensions, _lengths, _importance, _evaluation, _engines, _executors)
         for problem in check(config)
     ]
     if config.data.prompt_template == "plain" and config.reward.require_answer_tags:
@@ -154,6 +156,30 @@ def _paths(config: Config) -> Iterator[str]:
         if dataset.limit is not None and dataset.limit < 1:
             yield f"{path}.limit: must be at least 1, or null to read all rows, got {dataset.limit}"
     yield from _duplicates("data.eval", "two data sets are named", [d.name for d in config.data.eval])
+
+
+def _extensions(config: Config) -> Iterator[str]:
+    template = config.data.prompt_template
+    if not is_reference(template) and template not in PROMPT_TEMPLATES:
+        yield (
+            f"data.prompt_template: no template {template!r}{did_you_mean(template, PROMPT_TEMPLATES)} (there are: "
+            f"{', '.join(PROMPT_TEMPLATES)}; an own one is named as FILE.py:NAME)"
+        )
+    for key, reference in (
+        ("reward.function", config.reward.function),
+        ("tool.environment", config.tool.environment),
+    ):
+        if reference is None:
+            continue
+        try:
+            extension = load_object(reference, key=key)
+        except ConfigError as error:
+            yield str(error)
+            continue
+        if not callable(extension):
+            yield f"{key}: {reference} is no function or class but {type(extension).__name__}"
+        elif key == "reward.function" and not inspect.iscoroutinefunction(extension):
+            yield f"{key}: {reference} must be defined with async def: many responses are scored side by side"
 
 
 def _datasets(config: Config) -> list[tuple[str, DatasetConfig]]:

@@ -27,9 +27,9 @@ _DATA_SUFFIXES = (".jsonl", ".json", ".parquet")
 def load_config(path: str | os.PathLike[str], overrides: typing.Sequence[str] = ()) -> Config:
     """Reads a YAML file, applies ``a.b=c`` overrides, validates, and makes paths absolute.
 
-    ``model.path``, ``critic.path``, the data sets' ``path`` and ``sandbox.token_file`` are relative to the file
-    they are written in, or to the current directory when an override gives them; hub ids stay as they are.
-    ``run.directory`` is relative to the current directory.
+    ``model.path``, ``critic.path``, the data sets' ``path``, ``sandbox.token_file`` and every ``FILE.py:NAME`` are
+    relative to the file they are written in, or to the current directory when an override gives them; hub ids stay
+    as they are. ``run.directory`` is relative to the current directory.
 
     Raises:
         ConfigError: One line per problem.
@@ -104,7 +104,10 @@ def _resolve_inputs(tree: DictConfig, base: Path) -> None:
     data_sets = [OmegaConf.select(tree, "data.train"), *(_list(OmegaConf.select(tree, "data.eval")))]
     models = [OmegaConf.select(tree, "model"), OmegaConf.select(tree, "critic")]
     places = [(section, "path") for section in (*models, *data_sets)]
-    for section, key in [*places, (OmegaConf.select(tree, "sandbox"), "token_file")]:
+    for path in ("sandbox.token_file", "data.prompt_template", "reward.function", "tool.environment"):
+        section, _, key = path.partition(".")
+        places.append((OmegaConf.select(tree, section), key))
+    for section, key in places:
         if isinstance(section, DictConfig) and isinstance(section.get(key), str):
             section[key] = _resolve(section[key], base)
 
@@ -114,6 +117,9 @@ def _list(node: Any) -> list[Any]:
 
 
 def _resolve(text: str, base: Path) -> str:
+    file, _, name = text.rpartition(":")
+    if file.endswith(".py"):  # what `load_object` takes
+        return f"{os.path.normpath((base / Path(file).expanduser()).absolute())}:{name}"
     if text.startswith("~"):
         return str(Path(text).expanduser())
     local = text.startswith(("./", "../", "/")) or text in (".", "..")

@@ -52,13 +52,17 @@ class DatasetConfig(Section):
     """Rows to read; None reads all."""
 
 
+PROMPT_TEMPLATES = ("orz_tir", "orz_tir_explicit", "orz", "plain")
+
+
 @dataclass(frozen=True, kw_only=True)
 class DataConfig(Section):
     """Problems and the template that turns a problem into a prompt."""
 
     train: DatasetConfig
     eval: list[DatasetConfig] = field(default_factory=list)
-    prompt_template: Literal["orz_tir", "orz_tir_explicit", "orz", "plain"] = "orz_tir"
+    prompt_template: str = "orz_tir"
+    """One of `PROMPT_TEMPLATES`, or an own `PromptTemplate`: ``FILE.py:NAME`` or ``package.module:NAME``."""
     max_prompt_tokens: int = 1024
     """Longer training prompts are left out, and their number is reported."""
 
@@ -92,6 +96,9 @@ class RolloutConfig(Section):
 class ToolConfig(Section):
     """The Python tool."""
 
+    environment: str | None = None
+    """An own environment instead (`envs/base.py`): ``FILE.py:NAME`` or ``package.module:NAME`` of a class or
+    function that takes a `RolloutContext`. The keys below then concern its calls of the sandbox."""
     run_timeout_seconds: float = 20.0
     max_output_tokens: int = 512
     """A longer reply is replaced by a request to check the code."""
@@ -126,6 +133,9 @@ class SandboxConfig(Section):
 class RewardConfig(Section):
     """Outcome reward, 0 or 1."""
 
+    function: str | None = None
+    """An own reward instead: ``FILE.py:NAME`` or ``package.module:NAME`` of an ``async def`` that takes the
+    response's text and the ground truth and returns a number from 0 to 1. The keys below then mean nothing."""
     require_answer_tags: bool = True
     """The boxed answer counts only inside one ``<answer>`` pair that ends the response."""
     verify_timeout_seconds: float = 5.0

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Protocol
 
-from megatron_ztrl.types import ExecutionResult
+from megatron_ztrl.config.schema import ToolConfig
+from megatron_ztrl.types import ExecutionResult, Prompt
+
+Execute = Callable[[str], Awaitable[ExecutionResult]]
+CountTokens = Callable[[str], int]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -41,3 +46,22 @@ class Environment(Protocol):
             ended: The policy ended its response by itself.
         """
         ...
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RolloutContext:
+    """What an environment is made of: ``tool.environment`` names a class or function that takes one."""
+
+    prompt: Prompt
+    env_iterations: int
+    """N, the most executions; what is left of them when an earlier run's rollout is gone on with."""
+    template_stop: tuple[str, ...]
+    """Stop strings of the prompt template; they end the rollout."""
+    execute: Execute
+    """Runs one snippet in the sandbox."""
+    count_tokens: CountTokens
+    """Length of a text in tokens, to bound a reply."""
+    config: ToolConfig
+
+
+MakeEnvironment = Callable[[RolloutContext], Environment]

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megatron_ztrl.config.errors import did_you_mean
+from megatron_ztrl.config.extensions import is_reference, load_object
 
 _PLACEHOLDER = "{problem}"
 
@@ -23,10 +23,15 @@ class PromptTemplate:
     name: str
     text: str
     """Contains ``{problem}`` once; all other braces are literal."""
-    stop: tuple[str, ...]
+    stop: tuple[str, ...] = ()
     """The stop string stays in the response."""
-    uses_answer_tags: bool
-    """The response is to hold one ``<answer> </answer>``."""
+
+    def __post_init__(self) -> None:
+        if self.text.count(_PLACEHOLDER) != 1:
+            raise ValueError(
+                f"prompt template {self.name!r}: its text must contain {_PLACEHOLDER} once, not "
+                f"{self.text.count(_PLACEHOLDER)} times"
+            )
 
     def render(self, problem: str) -> str:
         """The prompt text of one problem."""
@@ -60,39 +65,37 @@ _TEMPLATES = {
             name="orz_tir",
             text=_DIALOGUE + _MAY_USE_PYTHON + _TASK,
             stop=_DIALOGUE_STOP,
-            uses_answer_tags=True,
         ),
         PromptTemplate(
             name="orz_tir_explicit",
             text=_DIALOGUE + _MAY_USE_PYTHON + _CODE_IS_RUN + _TASK,
             stop=_DIALOGUE_STOP,
-            uses_answer_tags=True,
         ),
         PromptTemplate(
             name="orz",
             text=_DIALOGUE + _TASK,
             stop=_DIALOGUE_STOP,
-            uses_answer_tags=True,
         ),
         PromptTemplate(
             name="plain",
             text="Question: {problem}\nAnswer:",
             stop=(),
-            uses_answer_tags=False,
         ),
     )
 }
 
 
 def get_template(name: str) -> PromptTemplate:
-    """The template that ``data.prompt_template`` names.
+    """The template that ``data.prompt_template`` names: one of these, or a user's own.
 
     Raises:
-        ValueError: There is no such template.
+        ValueError: What the reference names is none.
     """
-    if name not in _TEMPLATES:
-        raise ValueError(
-            f"data.prompt_template: no template {name!r}{did_you_mean(name, _TEMPLATES)} (there are: "
-            f"{', '.join(_TEMPLATES)})"
-        )
+    if is_reference(name):
+        template = load_object(name, key="data.prompt_template")
+        if not isinstance(template, PromptTemplate):
+            raise ValueError(
+                f"data.prompt_template: {name} is no PromptTemplate but {type(template).__name__}"
+            )
+        return template
     return _TEMPLATES[name]

@@ -12,19 +12,15 @@ fence is dropped, token by token, and has no effect on what is kept.
 from __future__ import annotations
 
 import re
-from collections.abc import Awaitable, Callable
 
 from megatron_ztrl.config.schema import ToolConfig
-from megatron_ztrl.envs.base import Reaction
+from megatron_ztrl.envs.base import CountTokens, Execute, Reaction, RolloutContext
 from megatron_ztrl.types import ExecutionResult, ExecutionStatus
 
 OPENING_FENCE = "```python"
 CLOSING_FENCE = "```"
 _AFTER_CLOSING_FENCE = "```[^p]"
 TOO_LONG_MESSAGE = "Output too long: please check your code."
-
-Execute = Callable[[str], Awaitable[ExecutionResult]]
-CountTokens = Callable[[str], int]
 
 
 class PythonTool:
@@ -52,6 +48,17 @@ class PythonTool:
         self._remaining = env_iterations
         self._template_stop = template_stop
         self._config = config
+
+    @classmethod
+    def of(cls, context: RolloutContext) -> PythonTool:
+        """The tool of one rollout."""
+        return cls(
+            context.execute,
+            context.count_tokens,
+            env_iterations=context.env_iterations,
+            template_stop=context.template_stop,
+            config=context.config,
+        )
 
     def stop_patterns(self) -> tuple[str, ...]:
         template = tuple(re.escape(string) for string in self._template_stop)

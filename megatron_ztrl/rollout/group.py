@@ -9,8 +9,9 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from megatron_ztrl.config.schema import ToolConfig
+from megatron_ztrl.envs.base import Execute, MakeEnvironment, RolloutContext
 from megatron_ztrl.envs.prompt_templates import PromptTemplate
-from megatron_ztrl.envs.python_tool import Execute, PythonTool
+from megatron_ztrl.envs.python_tool import PythonTool
 from megatron_ztrl.rollout.deadlines import Deadlines, GroupDeadline
 from megatron_ztrl.rollout.journal import Journal
 from megatron_ztrl.rollout.trajectory import Engine, Sampling, Tokenizer, complete, run_rollout
@@ -39,6 +40,7 @@ class GroupRunner:
     template: PromptTemplate
     tool: ToolConfig
     sampling: Sampling
+    make_environment: MakeEnvironment = PythonTool.of
     journal: Journal | None = None
     """Where rollouts are written down, and from where those of an earlier run are gone on with."""
     deadlines: Deadlines = field(default_factory=Deadlines)
@@ -61,12 +63,15 @@ class GroupRunner:
         recorder = self.journal.recorder(group_id, index) if self.journal else None
         rollout = recorder.restored if recorder else None
         if rollout is None or rollout.stop_reason is None:
-            environment = PythonTool(
-                self.execute,
-                self._count_tokens,
-                env_iterations=env_iterations - (rollout.executed_calls if rollout else 0),
-                template_stop=self.template.stop,
-                config=self.tool,
+            environment = self.make_environment(
+                RolloutContext(
+                    prompt=prompt,
+                    env_iterations=env_iterations - (rollout.executed_calls if rollout else 0),
+                    template_stop=self.template.stop,
+                    execute=self.execute,
+                    count_tokens=self._count_tokens,
+                    config=self.tool,
+                )
             )
             async with self.fleet.engine() as engine:
                 rollout = await run_rollout(
