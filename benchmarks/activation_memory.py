@@ -85,7 +85,6 @@ class Case:
 
     def config(self) -> Config:
         """A run of it; only the model's part matters."""
-        interleaved = {"overlap_p2p_comm": True} if self.vp > 1 else {}
         return Config(
             run=RunConfig(directory="unused"),
             model=ModelConfig(path="unused", dtype=self.dtype),  # type: ignore[arg-type]
@@ -98,7 +97,7 @@ class Case:
                 sequence_parallel=self.tp > 1,
                 max_tokens_per_microbatch=self.tokens,
             ),
-            megatron=MegatronConfig(transformer=self.transformer | interleaved),
+            megatron=MegatronConfig(transformer=self.transformer),
         )
 
 

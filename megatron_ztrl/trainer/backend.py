@@ -20,16 +20,24 @@ from megatron_ztrl.trainer.cpu_compat.norm import RMSNorm
 from megatron_ztrl.weights.hf_mapping import Backend
 
 
-def choose_backend(requested: Literal["auto", "te", "local"]) -> Backend:
-    """``auto`` is Transformer Engine where there is a GPU.
+def choose_backend(
+    requested: Literal["auto", "te", "local"], dtype: Literal["float32", "bfloat16"]
+) -> Backend:
+    """``auto`` is Transformer Engine where there is a GPU and it can compute: in bfloat16.
 
     Raises:
         ValueError: Transformer Engine is wanted but cannot run here.
     """
-    if requested == "local" or (requested == "auto" and not torch.cuda.is_available()):
+    can_run = torch.cuda.is_available() and dtype == "bfloat16"
+    if requested == "local" or (requested == "auto" and not can_run):
         return "local"
     if not torch.cuda.is_available():
         raise ValueError("model.backend: te needs a CUDA device; use local (or auto)")
+    if not can_run:
+        raise ValueError(
+            "model.backend: Transformer Engine attends to packed sequences in bfloat16 only; set model.dtype to"
+            " bfloat16, or use local (or auto)"
+        )
     if importlib.util.find_spec("transformer_engine") is None:
         raise ValueError("model.backend: transformer_engine is not installed; install it, or use local")
     return "te"
@@ -64,10 +72,7 @@ def platform_options(backend: Backend) -> dict[str, Any]:
     if not torch.cuda.is_available():
         options |= {
             "use_cpu_initialization": True,
-            # gloo has no batched point-to-point calls. An output freed while gloo still reads it corrupts the
-            # gradients of an interleaved schedule without an error.
-            "batch_p2p_comm": False,
-            "deallocate_pipeline_outputs": False,
+            "batch_p2p_comm": False,  # gloo has no batched point-to-point calls
         }
     return options
 
@@ -84,10 +89,9 @@ def check_support(config: TransformerConfig, backend: Backend, capability: tuple
         ValueError: one line with the config path and the fix.
     """
     options = "megatron.transformer"
-    if config.context_parallel_size > 1 and backend == "te" and not config.bf16:
-        raise ValueError(
-            "context_parallel_size: Transformer Engine's attention shares sequences in bfloat16 only; set model.dtype"
-        )
+    _check_pipeline(config, capability)
+    if config.fp4:
+        raise ValueError(f"{options}.fp4: not supported; fp8 is")
     if config.expert_model_parallel_size > 1 or config.num_moe_experts:
         raise ValueError(f"{options}: no supported architecture has experts to spread over ranks")
     if not config.fp8:
@@ -107,6 +111,20 @@ def check_support(config: TransformerConfig, backend: Backend, capability: tuple
             f" later; this GPU has {found}"
         )
     _check_fp8_shapes(config, fp8_alignment(config))
+
+
+def _check_pipeline(config: TransformerConfig, capability: tuple[int, int] | None) -> None:
+    """Refuses point-to-point calls that give wrong gradients without an error."""
+    if config.deallocate_pipeline_outputs and capability is None:
+        raise ValueError(
+            "megatron.transformer.deallocate_pipeline_outputs: gloo may still read what this would free; leave it out"
+        )
+    interleaved = (config.virtual_pipeline_model_parallel_size or 1) > 1
+    if interleaved and config.batch_p2p_comm and config.pipeline_model_parallel_size == 2:
+        raise ValueError(
+            "megatron.transformer.batch_p2p_comm: two interleaved stages send each other several tensors at once,"
+            " which a batch of calls mixes up; leave it out"
+        )
 
 
 _FP8_NEEDS: dict[str, tuple[tuple[int, int], str]] = {

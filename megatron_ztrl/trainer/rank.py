@@ -68,7 +68,7 @@ class MegatronRank:
         self._architecture = architecture
         self._token_multiple = token_multiple(world, config.megatron.transformer)
         self._pending_save: PendingSave | None = None
-        self._backend = choose_backend(config.model.backend)
+        self._backend = choose_backend(config.model.backend, config.model.dtype)
         setup.init_distributed(self._layout, rank, init_method, config.run.seed)
         self._slices = megatron_slices(architecture, self._layout, rank, backend=self._backend)
         transformer = setup.transformer_config(config, world, architecture, self._backend)
@@ -174,7 +174,7 @@ class MegatronRank:
 
         Args:
             batch: The global batch.
-            step: Optimizer steps done before this one; sets the warm-up.
+            step: Training steps of this model before this one; sets the warm-up.
             accumulate_gradients: Runs all microbatches, and returns the global means of what it counted.
             names: Of those means.
 

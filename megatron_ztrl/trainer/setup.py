@@ -21,6 +21,7 @@ from megatron_ztrl.config.schema import Config, WorldConfig
 from megatron_ztrl.trainer import fp8_weights
 from megatron_ztrl.trainer.backend import platform_options, process_group_backend
 from megatron_ztrl.trainer.cpu_compat.allocator import keep_freed_memory
+from megatron_ztrl.trainer.native_values import native_values
 from megatron_ztrl.weights.hf_mapping import Architecture, Backend, ParallelLayout
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
@@ -90,6 +91,9 @@ def transformer_config(
         "sequence_parallel": world.sequence_parallel,
         "params_dtype": dtype,
         "pipeline_dtype": dtype,
+        # As Megatron-LM chooses them. Batched calls mix up what two interleaved stages send each other.
+        "overlap_p2p_comm": world.virtual_pipeline_size > 1,
+        "batch_p2p_comm": world.virtual_pipeline_size == 1,
         "bf16": dtype is torch.bfloat16,
         # Microbatches are packed to different lengths, which the pipeline must communicate. Megatron couples
         # that to this dispatcher even for dense models.
@@ -100,7 +104,8 @@ def transformer_config(
         "calculate_per_token_loss": True,
         "finalize_model_grads_func": _finalize_without_scaling,
     }
-    return TransformerConfig(**(options | platform_options(backend) | config.megatron.transformer))
+    native = native_values("megatron.transformer", TransformerConfig, config.megatron.transformer)
+    return TransformerConfig(**(options | platform_options(backend) | native))
 
 
 def _finalize_without_scaling(
@@ -140,8 +145,11 @@ def optimizer_config(
         "params_dtype": DTYPES[config.model.dtype],
         "use_distributed_optimizer": ddp.use_distributed_optimizer,
         "overlap_param_gather": ddp.overlap_param_gather,
+        # Half a main weight in a checkpoint would be taken for a whole one under other settings.
+        "store_param_remainders": False,
     } | fp8_weights.optimizer_options(config)
-    return OptimizerConfig(**(options | config.megatron.optimizer))
+    native = native_values("megatron.optimizer", OptimizerConfig, config.megatron.optimizer)
+    return OptimizerConfig(**(options | native))
 
 
 def build_optimizer(

@@ -7,7 +7,6 @@ from typing import Any
 
 from random_policies import CHECKPOINTS, Role
 
-INTERLEAVED = {"overlap_p2p_comm": True}
 OVERLAP = {"overlap_grad_reduce": True, "overlap_param_gather": True, "bucket_size": 20_000}
 FULL_RECOMPUTE = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
 SELECTIVE_RECOMPUTE = {"recompute_granularity": "selective", "recompute_modules": ["core_attn", "mlp"]}
@@ -54,7 +53,7 @@ TWO_RANK_CASES = [
     Case(name="tp2", checkpoint="qwen2", tp=2),
     Case(name="tp2-sp", checkpoint="qwen2", tp=2, sp=True),
     Case(name="pp2", checkpoint="qwen2", pp=2),
-    Case(name="pp2-interleaved", checkpoint="qwen2", pp=2, vp=2, transformer=INTERLEAVED),
+    Case(name="pp2-interleaved", checkpoint="qwen2", pp=2, vp=2),
     Case(name="dp2", checkpoint="qwen2", dp=2, like="one-rank"),
     Case(name="dp2-shuffled", checkpoint="qwen2", dp=2, tokens=100, order=SHUFFLED, like="one-rank"),
     Case(name="dp2-overlap", checkpoint="qwen2", dp=2, ddp=OVERLAP, like="one-rank"),
@@ -73,7 +72,7 @@ FOUR_RANK_CASES = [
     Case(name="dp4", checkpoint="qwen2", dp=4, like="one-rank"),
     Case(name="llama-tied-pp2-dp2", checkpoint="llama-tied", pp=2, dp=2),
     Case(name="tp2-sp-cp2", checkpoint="qwen3-tied", tp=2, sp=True, cp=2),
-    Case(name="cp2-pp2-interleaved", checkpoint="qwen2-tied", cp=2, pp=2, vp=2, transformer=INTERLEAVED),
+    Case(name="cp2-pp2-interleaved", checkpoint="qwen2-tied", cp=2, pp=2, vp=2),
 ]
 TWO_RANK_CRITICS = [
     Case(name="critic", checkpoint="qwen2-critic"),
@@ -84,8 +83,7 @@ TWO_RANK_CRITICS = [
     Case(name="critic-cp2", checkpoint="qwen2-critic", cp=2),
 ]
 FOUR_RANK_CRITICS = [
-    Case(name="critic-tp2-sp-pp2-interleaved", checkpoint="qwen2-critic", tp=2, sp=True, pp=2, vp=2,
-         transformer=INTERLEAVED),
+    Case(name="critic-tp2-sp-pp2-interleaved", checkpoint="qwen2-critic", tp=2, sp=True, pp=2, vp=2),
 ]  # fmt: skip
 BFLOAT16_CASES = [
     Case(name="bfloat16-tp2-sp", checkpoint="qwen2-tied", tp=2, sp=True, dtype="bfloat16"),
@@ -106,14 +104,14 @@ TWO_RANK_CASES_OF_THE_TABLE = [
 EIGHT_RANK_CASES = [
     Case(name="tp2-pp2-dp2", checkpoint="qwen2", tp=2, pp=2, dp=2, ddp=OVERLAP),
     Case(name="tp2-sp-pp2-interleaved-dp2", checkpoint="qwen2-tied", tp=2, sp=True, pp=2, vp=2, dp=2,
-         transformer=INTERLEAVED, ddp=OVERLAP),
+         ddp=OVERLAP),
     Case(name="tp2-sp-pp4", checkpoint="qwen3-deep-tied", tp=2, sp=True, pp=4, transformer=FULL_RECOMPUTE),
     Case(name="tp4-sp-dp2", checkpoint="qwen3-deep-tied", tp=4, sp=True, dp=2),
-    Case(name="pp4-interleaved-dp2", checkpoint="qwen2-deep", pp=4, vp=2, dp=2, transformer=INTERLEAVED),
+    Case(name="pp4-interleaved-dp2", checkpoint="qwen2-deep", pp=4, vp=2, dp=2),
     Case(name="pp8", checkpoint="qwen2-deep", pp=8),
     Case(name="dp8-shuffled", checkpoint="llama", dp=8, order=SHUFFLED, ddp=OVERLAP),
     Case(name="tp2-sp-pp2-interleaved-dp2-recompute", checkpoint="qwen3-deep-tied", tp=2, sp=True, pp=2,
-         vp=2, dp=2, transformer=INTERLEAVED | SELECTIVE_RECOMPUTE),
+         vp=2, dp=2, transformer=SELECTIVE_RECOMPUTE),
     Case(name="tp2-sp-cp2-dp2", checkpoint="qwen2", tp=2, sp=True, cp=2, dp=2, ddp=OVERLAP),
     Case(name="cp4-pp2", checkpoint="llama-tied", cp=4, pp=2, transformer=FULL_RECOMPUTE),
     Case(name="critic-tp2-sp-pp2-dp2", checkpoint="qwen2-critic", tp=2, sp=True, pp=2, dp=2, ddp=OVERLAP),

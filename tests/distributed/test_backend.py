@@ -16,6 +16,8 @@ from megatron_ztrl.trainer.cpu_compat import cuda_calls
 cuda_calls.install()
 
 from megatron.core.enums import Fp8Recipe  # noqa: E402
+from megatron.core.optimizer import OptimizerConfig  # noqa: E402
+from megatron.core.transformer.enums import AttnBackend  # noqa: E402
 from megatron.core.transformer.transformer_config import TransformerConfig  # noqa: E402
 from planner_ranks import Case  # noqa: E402
 
@@ -26,6 +28,7 @@ from megatron_ztrl.trainer.backend import (  # noqa: E402
     fp8_alignment,
     platform_options,
 )
+from megatron_ztrl.trainer.native_values import native_values  # noqa: E402
 from megatron_ztrl.trainer.setup import ddp_config, optimizer_config, transformer_config  # noqa: E402
 from megatron_ztrl.weights.hf_mapping import Architecture, Backend  # noqa: E402
 
@@ -53,27 +56,35 @@ def fp8(recipe: str = "delayed", case: Case = QWEN, **options: Any) -> Transform
 
 def test_auto_takes_local_layers_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert choose_backend("auto") == choose_backend("local") == "local"
+    assert choose_backend("auto", "bfloat16") == choose_backend("local", "bfloat16") == "local"
 
 
 def test_auto_takes_transformer_engine_with_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
-    assert choose_backend("auto") == choose_backend("te") == "te"
-    assert choose_backend("local") == "local"
+    assert choose_backend("auto", "bfloat16") == choose_backend("te", "bfloat16") == "te"
+    assert choose_backend("local", "bfloat16") == "local"
+
+
+def test_float32_takes_local_layers_on_a_gpu_as_well(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of Transformer Engine's attentions only the unfused one takes float32, and that takes no packed sequences."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert choose_backend("auto", "float32") == "local"
+    with pytest.raises(ValueError, match=r"model.backend: .* in bfloat16 only; set model.dtype"):
+        choose_backend("te", "float32")
 
 
 def test_transformer_engine_without_a_gpu_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ValueError, match=r"model.backend: te needs a CUDA device; use local"):
-        choose_backend("te")
+        choose_backend("te", "bfloat16")
 
 
 def test_a_gpu_without_transformer_engine_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"model.backend: transformer_engine is not installed"):
-        choose_backend("auto")
+        choose_backend("auto", "bfloat16")
 
 
 def test_every_field_is_upstreams_default_or_named_here() -> None:
@@ -150,13 +161,56 @@ def test_fusions_follow_the_layers_and_point_to_point_calls_the_device(
     defaults = {field.name: field.default for field in dataclasses.fields(TransformerConfig)}
     assert {name: options.get(name, defaults[name]) for name in expected} == expected
     assert options.get("use_cpu_initialization", False) is not cuda
-    assert options.get("deallocate_pipeline_outputs", True) is cuda
     assert set(options) <= set(defaults)
 
 
 def test_native_options_have_the_last_word() -> None:
     config = built(dataclasses.replace(QWEN, transformer={"bias_activation_fusion": True}), "local")
     assert config.bias_activation_fusion
+
+
+@pytest.mark.parametrize("cuda", [False, True])
+def test_interleaved_stages_overlap_single_calls_on_every_device(
+    monkeypatch: pytest.MonkeyPatch, cuda: bool
+) -> None:
+    """Megatron refuses to overlap batched calls, and without overlap two stages mix their messages up."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    interleaved = built(dataclasses.replace(QWEN, pp=2, vp=2), "local")
+    assert (interleaved.overlap_p2p_comm, interleaved.batch_p2p_comm) == (True, False)
+    plain = built(dataclasses.replace(QWEN, pp=2), "local")
+    assert (plain.overlap_p2p_comm, plain.batch_p2p_comm) == (False, cuda)
+
+
+@pytest.mark.parametrize(
+    ("options", "capability", "message"),
+    [
+        ({"deallocate_pipeline_outputs": True}, None, r"deallocate_pipeline_outputs: gloo may still read"),
+        (
+            {"overlap_p2p_comm": False, "batch_p2p_comm": True},
+            HOPPER,
+            r"batch_p2p_comm: two interleaved stages",
+        ),
+    ],
+)
+def test_calls_that_give_wrong_gradients_are_refused(options: dict, capability: Any, message: str) -> None:
+    config = built(dataclasses.replace(QWEN, pp=2, vp=2, transformer=options), "local")
+    with pytest.raises(ValueError, match=message):
+        check_support(config, "local", capability)
+
+
+def test_names_become_the_members_and_dtypes_that_megatron_compares_with() -> None:
+    config = built(dataclasses.replace(QWEN, transformer={"attention_backend": "fused"}), "te")
+    assert config.attention_backend is AttnBackend.fused
+    values = native_values(
+        "megatron.optimizer", OptimizerConfig, {"exp_avg_dtype": "bfloat16", "clip_grad": 1.0}
+    )
+    assert values == {"exp_avg_dtype": torch.bfloat16, "clip_grad": 1.0}
+
+
+def test_a_name_of_nothing_is_refused() -> None:
+    message = r"megatron.transformer.attention_backend: must be one of flash, fused, .*, got 'flsh'"
+    with pytest.raises(ValueError, match=message):
+        built(dataclasses.replace(QWEN, transformer={"attention_backend": "flsh"}), "te")
 
 
 @pytest.mark.parametrize(
@@ -268,15 +322,9 @@ def test_expert_parallelism_is_refused() -> None:
         check_support(built(dataclasses.replace(QWEN, transformer=options), "local"), "local", None)
 
 
-def test_shared_sequences_want_bfloat16_in_transformer_engine() -> None:
-    config = QWEN.config()
-    world = dataclasses.replace(config.actor, context_parallel_size=2)
-    chosen = transformer_config(config, world, QWEN.architecture(), "te")
-    assert (chosen.context_parallel_size, chosen.bf16) == (2, True)
-    check_support(chosen, "te", HOPPER)
-    single = dataclasses.replace(config, model=dataclasses.replace(config.model, dtype="float32"))
-    with pytest.raises(ValueError, match=r"context_parallel_size: .* bfloat16 only; set model.dtype"):
-        check_support(transformer_config(single, world, QWEN.architecture(), "te"), "te", HOPPER)
+def test_fp4_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"megatron.transformer.fp4: not supported"):
+        check_support(built(dataclasses.replace(QWEN, transformer={"fp4": "e2m1"}), "te"), "te", BLACKWELL)
 
 
 def test_the_refusal_comes_before_a_model_is_built(tmp_path: Path) -> None:

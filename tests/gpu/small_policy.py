@@ -101,7 +101,7 @@ def actor_rank(
     meeting: str,
     dtype: str = "bfloat16",
     transformer: dict[str, Any] | None = None,
-    **layout: int,
+    **layout: Any,
 ) -> Any:
     """One rank of the policy."""
     from megatron_ztrl.trainer.actor import ActorRank

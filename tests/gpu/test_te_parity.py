@@ -78,3 +78,13 @@ def test_a_resumed_rank_goes_on_where_it_stopped(checkpoint: Path, tmp_path: Pat
         found = rank.train_step(targets, 1)
     assert found["loss"] == pytest.approx(expected["loss"], abs=1e-4)
     assert found["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-2)
+
+
+def test_float32_takes_local_layers_and_agrees_with_transformers(checkpoint: Path) -> None:
+    """Transformer Engine's attention over packed sequences has no float32."""
+    packed = batch()
+    with actor(checkpoint, "float32") as rank:
+        modules = {type(module).__module__ for chunk in rank._chunks for module in chunk.modules()}
+        assert "megatron_ztrl.trainer.cpu_compat.attention" in modules
+        ours = trained(packed, rank.logprobs(packed))
+    assert np.abs(ours - reference(checkpoint, torch.float32)).max() < 1e-3

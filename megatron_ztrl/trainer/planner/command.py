@@ -59,7 +59,7 @@ def run_plan(config: Config, options: Options) -> None:
         workload=Workload.of(
             config, prompt_tokens=options.prompt_tokens, response_tokens=options.response_tokens
         ),
-        backend="local" if config.model.backend == "local" else "te",
+        backend="te" if config.model.backend != "local" and config.model.dtype == "bfloat16" else "local",
     )
     console = Console()
     plan = make_plan(config, subject)
