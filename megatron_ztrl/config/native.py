@@ -37,8 +37,28 @@ _OWNED_TRANSFORMER: dict[str, str] = {
             "kv_channels",
         )
         + ("normalization", "layernorm_epsilon", "gated_linear_unit", "activation_func", "qk_layernorm")
-        + ("add_bias_linear", "add_qkv_bias", "rotary_interleaved"),
+        + ("add_bias_linear", "add_qkv_bias", "rotary_interleaved")
+        # Each of these would make another function of the same weights.
+        + ("layernorm_zero_centered_gamma", "apply_residual_connection_post_layernorm", "qk_l2_norm")
+        + ("window_size", "window_attn_skip_freq", "no_rope_freq", "mrope_section", "softmax_scale")
+        + ("softmax_type", "attention_output_gate", "glu_linear_offset", "activation_func_clamp_value")
+        + ("multi_latent_attention", "experimental_attention_variant", "linear_attention_freq")
+        + ("mtp_num_layers", "heterogeneous_block_specs", "is_hybrid_model"),
         _MODEL_SHAPE,
+    ),
+    **dict.fromkeys(
+        ("num_layers_in_first_pipeline_stage", "num_layers_in_last_pipeline_stage")
+        + ("account_for_embedding_in_pipeline_split", "account_for_loss_in_pipeline_split")
+        + ("pipeline_model_parallel_layout",),
+        "every pipeline stage has the same number of layers here",
+    ),
+    **dict.fromkeys(
+        ("enable_cuda_graph", "external_cuda_graph", "cuda_graph_impl", "tp_comm_overlap"),
+        "needs microbatches of one size, and packed ones differ",
+    ),
+    **dict.fromkeys(
+        ("cross_entropy_loss_fusion", "cross_entropy_fusion_impl", "defer_embedding_wgrad_compute"),
+        "would change nothing: log-probs come from hidden states, without Megatron's output layer and loss",
     ),
     **dict.fromkeys(
         ("hidden_dropout", "attention_dropout"),
@@ -46,7 +66,7 @@ _OWNED_TRANSFORMER: dict[str, str] = {
     ),
     **dict.fromkeys(
         ("calculate_per_token_loss", "variable_seq_lengths", "finalize_model_grads_func", "grad_scale_func")
-        + ("no_sync_func", "grad_sync_func", "param_sync_func", "timers"),
+        + ("no_sync_func", "grad_sync_func", "param_sync_func", "timers", "init_model_with_meta_device"),
         _TRAINER,
     ),
 }
@@ -59,6 +79,36 @@ _OWNED_OPTIMIZER: dict[str, str] = {
     "clip_grad": "set actor.max_grad_norm",
     **dict.fromkeys(("min_lr", "decoupled_lr", "decoupled_min_lr", "timers"), _TRAINER),
     **dict.fromkeys(("params_dtype", "bf16", "fp16"), _DTYPE),
+    **dict.fromkeys(
+        ("use_distributed_optimizer", "overlap_param_gather"), "set it in megatron.ddp, for both of them"
+    ),
+    "store_param_remainders": "checkpoints hold whole main weights, which every setting can load",
+    **dict.fromkeys(
+        ("fp8_recipe", "reuse_grad_buf_for_mxfp8_param_ag"), "follows megatron.transformer.fp8_recipe"
+    ),
+    **dict.fromkeys(
+        ("optimizer", "sgd_momentum", "muon_momentum", "muon_split_qkv", "muon_use_nesterov")
+        + ("muon_scale_mode", "muon_fp32_matmul_prec", "muon_num_ns_steps", "muon_tp_mode")
+        + ("muon_extra_scale_factor",),
+        "the optimizer is AdamW, whose moments a checkpoint holds",
+    ),
+    **dict.fromkeys(
+        ("loss_scale", "initial_loss_scale", "min_loss_scale", "loss_scale_window", "hysteresis"),
+        "only float16 has a loss scale, and model.dtype offers none",
+    ),
+}
+_OWNED_DDP: dict[str, str] = {
+    **dict.fromkeys(
+        ("fp8_param_gather", "reuse_grad_buf_for_mxfp8_param_ag"), "follows megatron.transformer.fp8_param"
+    ),
+    "average_in_collective": "gradients are summed: the loss is a mean over the global batch already",
+    "num_distributed_optimizer_instances": "the optimizer's state is spread over all replicas, once",
+    **dict.fromkeys(
+        ("use_megatron_fsdp", "use_custom_fsdp", "data_parallel_sharding_strategy")
+        + ("outer_dp_sharding_strategy", "fsdp_double_buffer", "fsdp_manual_registration")
+        + ("preserve_fp32_weights", "keep_fp8_transpose_cache", "suggested_communication_unit_size"),
+        "Megatron's FSDP is not used: publishing and checkpoints read whole parameters of a rank",
+    ),
 }
 _OWNED_SERVER: dict[str, str] = {
     "model_path": "set model.path",
@@ -88,7 +138,7 @@ def check_native(config: Config) -> None:
     for path, options, fields, owned in (
         ("megatron.transformer", config.megatron.transformer, transformer_fields, _OWNED_TRANSFORMER),
         ("megatron.optimizer", config.megatron.optimizer, optimizer_fields, _OWNED_OPTIMIZER),
-        ("megatron.ddp", config.megatron.ddp, ddp_fields, {}),
+        ("megatron.ddp", config.megatron.ddp, ddp_fields, _OWNED_DDP),
         ("sglang.server_args", config.sglang.server_args, server_fields, _OWNED_SERVER),
     ):
         if options:

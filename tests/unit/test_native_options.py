@@ -46,7 +46,7 @@ def error_of(checked: Config) -> str:
 @needs_megatron
 def test_options_that_megatron_has_are_accepted_inherited_ones_included() -> None:
     transformer = {"recompute_granularity": "full", "overlap_p2p_comm": True}
-    optimizer, ddp = {"use_distributed_optimizer": True}, {"overlap_grad_reduce": True}
+    optimizer, ddp = {"optimizer_cpu_offload": True}, {"overlap_grad_reduce": True}
     native.check_native(config(MegatronConfig(transformer=transformer, optimizer=optimizer, ddp=ddp)))
 
 
@@ -84,9 +84,33 @@ def test_keys_that_have_a_home_in_the_schema_are_sent_there() -> None:
 
 
 @needs_megatron
+@pytest.mark.parametrize(
+    ("section", "options", "reason"),
+    [
+        ("transformer", {"layernorm_zero_centered_gamma": True}, "comes from the config.json at model.path"),
+        ("transformer", {"window_size": [128, 0]}, "comes from the config.json at model.path"),
+        ("transformer", {"num_layers_in_first_pipeline_stage": 3}, "every pipeline stage has the same"),
+        ("transformer", {"cross_entropy_loss_fusion": True}, "would change nothing"),
+        ("transformer", {"cuda_graph_impl": "local"}, "needs microbatches of one size"),
+        ("optimizer", {"use_distributed_optimizer": False}, "set it in megatron.ddp"),
+        ("optimizer", {"optimizer": "muon"}, "the optimizer is AdamW"),
+        ("ddp", {"average_in_collective": True}, "gradients are summed"),
+        ("ddp", {"use_megatron_fsdp": True}, "FSDP is not used"),
+    ],
+)
+def test_an_option_that_would_be_ignored_or_change_the_model_is_refused(
+    section: str, options: dict[str, object], reason: str
+) -> None:
+    name = next(iter(options))
+    message = error_of(config(MegatronConfig(**{section: options})))
+    assert message.startswith(f"megatron.{section}.{name}: not set here: ") and reason in message
+
+
+@needs_megatron
 def test_every_owned_key_is_really_an_upstream_field() -> None:
     assert set(native._OWNED_TRANSFORMER) <= native.transformer_fields()
     assert set(native._OWNED_OPTIMIZER) <= native.optimizer_fields()
+    assert set(native._OWNED_DDP) <= native.ddp_fields()
 
 
 @needs_sglang
