@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
 from megatron.core.dist_checkpointing.mapping import ShardedObject
+from megatron.core.dist_checkpointing.serialization import load_sharded_metadata
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
@@ -82,6 +83,7 @@ def load(
         if isinstance(part.optimizer, HybridDeviceOptimizer) and not part.optimizer.state:
             part.optimizer.dummy_step()  # makes the state; what it does to the weights is overwritten
     state = _sharded_state(chunks, optimizer, is_loading=True)
+    _leave_out_new_extra_state(directory, [state[_chunk_key(index, chunks)] for index in range(len(chunks))])
     stored_layout = dist_checkpointing.load_common_state_dict(str(directory))["layout"]
     same_layout = {"context": 1} | stored_layout == _layout_record(layout)
     if same_layout:
@@ -89,7 +91,6 @@ def load(
     loaded = dist_checkpointing.load(state, str(directory))
     for index, chunk in enumerate(chunks):
         result = chunk.load_state_dict(loaded[_chunk_key(index, chunks)], strict=False)
-        # Transformer Engine's modules have extra state (FP8 scales) that the local layers lack.
         missing = [key for key in result.missing_keys if not key.endswith("_extra_state")]
         if missing or result.unexpected_keys:
             raise ValueError(f"{directory}: missing {missing}, unexpected {result.unexpected_keys}")
@@ -106,6 +107,16 @@ def _check_model(directory: Path, architecture: Architecture) -> None:
     fields = compare({"the checkpoint": stored, "the model": describe_architecture(architecture)})
     if wrong := [str(field) for field in fields if not field.agrees]:
         raise ValueError(f"{directory} is not of this model: {'; '.join(wrong)}")
+
+
+def _leave_out_new_extra_state(directory: Path, model_states: list[dict[str, Any]]) -> None:
+    """Transformer Engine's modules have more of it (FP8 scales) than the local layers that may have been saved."""
+    stored = load_sharded_metadata(str(directory))
+    for model_state in model_states:
+        for name, entry in list(model_state.items()):
+            is_extra = isinstance(entry, ShardedObject) and name.endswith("_extra_state")
+            if is_extra and entry.unique_key not in stored:
+                del model_state[name]
 
 
 def _sharded_state(
@@ -156,10 +167,20 @@ def _give_every_parameter_adam_state(optimizer: MegatronOptimizer) -> None:
     """Adam makes its state in the first step, but there may be a save or a load before it."""
     for part in _parts(optimizer):
         if part.init_state_fn is not None:  # None with states in host memory
-            part.init_state_fn(part.optimizer, part.config)
+            if part.config.use_precision_aware_optimizer:
+                _initialise_precise_states(part.optimizer)
+            else:
+                part.init_state_fn(part.optimizer, part.config)
         if _uses_torch_adam(part):  # which wants to find its step, too
             for state in part.optimizer.state.values():
                 state.setdefault("step", torch.tensor(0.0))
+
+
+def _initialise_precise_states(adam: Any) -> None:
+    """Megatron 0.16 leaves the second argument out, which Transformer Engine's Adam wants."""
+    for parameter in (parameter for group in adam.param_groups for parameter in group["params"]):
+        if not adam.state[parameter]:
+            adam.initialize_state(parameter, adam.store_param_remainders)
 
 
 def _uses_torch_adam(part: Any) -> bool:
@@ -170,7 +191,15 @@ def _uses_torch_adam(part: Any) -> bool:
 
 
 def _load_optimizer(optimizer: MegatronOptimizer, loaded: dict[str, Any]) -> None:
+    # Settings are those of this run and of this kind of Adam, not those of the run that saved them.
+    progress = ("params", "step")
+    settings = [
+        {name: value for name, value in group.items() if name not in progress}
+        for group in optimizer.param_groups
+    ]
     optimizer.load_state_dict(loaded["optimizer"])
+    for group, configured in zip(optimizer.param_groups, settings, strict=True):
+        group.update(configured)
     for part in filter(_uses_torch_adam, _parts(optimizer)):
         # Megatron 0.16 gives all parameters one step tensor, which each of them would advance in every step.
         for parameter_state in part.optimizer.state.values():

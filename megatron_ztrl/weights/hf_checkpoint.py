@@ -124,6 +124,8 @@ def load_slices(
         by_param[piece.param].append(piece)
     for name, pieces in by_param.items():
         parameter = parameters[name]
+        # Only these are padded, or may be new; anything else without a slice is another model than the slices are of.
+        assert pieces or "word_embeddings" in name or "output_layer" in name, f"{name} is in no slice"
         if sum(piece.length for piece in pieces) < parameter.shape[pieces[0].dim if pieces else 0]:
             parameter.zero_()
         for piece in pieces:

@@ -6,6 +6,7 @@ import contextlib
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,15 @@ from cases import Case
 from random_policies import STEPS, config, packed, spread
 from reference import CANARY, reference_path
 
+from megatron_ztrl.config.schema import Config
 from megatron_ztrl.types import TensorSlice
 
 _meetings: Counter[int] = Counter()
 
 
-def build(case: Case, rank: int, scratch: Path, root: Path) -> Any:
+def build(
+    case: Case, rank: int, scratch: Path, root: Path, change: Callable[[Config], Config] = lambda same: same
+) -> Any:
     """This rank's actor or critic for a case. Ranks meet in a file of their own every time."""
     from megatron_ztrl.trainer.actor import ActorRank
     from megatron_ztrl.trainer.critic import CriticRank
@@ -41,7 +45,7 @@ def build(case: Case, rank: int, scratch: Path, root: Path) -> Any:
         ddp=case.ddp,
     )
     kind = ActorRank if case.role == "actor" else CriticRank
-    return kind(chosen, rank, case.world_size, f"file://{meeting}")
+    return kind(change(chosen), rank, case.world_size, f"file://{meeting}")
 
 
 def run_parity_cases(rank: int, scratch: Path, root: Path, cases: list[Case]) -> dict[str, dict[str, Any]]:
@@ -93,6 +97,7 @@ def measure_parity(case: Case, rank: int, scratch: Path, root: Path) -> dict[str
     }
     if case.dtype == "bfloat16":
         result["main_weights"] = _main_weight_facts(model, mains)
+        result["finer outputs"] = _finer_share(torch.from_numpy(np.concatenate(first or [np.zeros(1)])))
     if case.like is not None:
         result["invariance"] = _slice_gap(slices, gradients, torch.load(root / f"{case.like}.gradients"))
     elif case.world_size == 1:
@@ -107,7 +112,8 @@ def run_checkpoint_cases(
     """Every pair saves under one layout and goes on, and loads under another and goes on.
 
     Returns:
-        Both continuations by pair, and ``failed write``: what a save says that could not write.
+        Both continuations by pair; ``other settings``, of a run that resumes with them; and ``failed write``: what a
+        save says that could not write.
     """
     results: dict[str, Any] = {}
     for saver, loader in pairs:
@@ -116,6 +122,9 @@ def run_checkpoint_cases(
             "uninterrupted": _continue(saver, rank, scratch, root, save_to=directory),
             "resumed": _continue(loader, rank, scratch, root, load_from=directory),
         }
+    saver, loader = pairs[1]
+    directory = root / f"checkpoint-{saver.name}-{loader.name}"
+    results["other settings"] = _resume_with_other_settings(loader, rank, scratch, root, directory)
     results["failed write"] = _fail_to_write(pairs[0][0], rank, scratch, root)
     return results
 
@@ -157,6 +166,44 @@ def _continue(
         "written_early": written_early,
         "records": records,
     }
+
+
+def _resume_with_other_settings(
+    case: Case, rank: int, scratch: Path, root: Path, directory: Path
+) -> dict[str, Any]:
+    """Adam's settings, steps and learning rates after a resume: of an actor that waits for the critic's warm-up, in
+    layers that have more state than those that were saved."""
+
+    def change(config: Config) -> Config:
+        algorithm = replace(config.algorithm, advantage="gae", critic_warmup_steps=3)
+        return replace(
+            config, actor=replace(config.actor, adam_beta2=0.5, adam_eps=1e-3), algorithm=algorithm
+        )
+
+    model = build(case, rank, scratch, root, change)
+    targets = torch.load(reference_path(root, case.checkpoint), weights_only=False)["targets"]
+    batch = packed(targets, dp=case.dp, tokens=case.tokens, multiple=case.tp)
+    _have_more_extra_state(model)
+    model.load_checkpoint(directory)
+    stats = [model.train_step(batch, step) for step in range(3, 6)]
+    optimizer = model._optimizer
+    inner = [part.optimizer for part in getattr(optimizer, "chained_optimizers", [optimizer])]
+    model.close()
+    return {
+        "adam": [(tuple(group["betas"]), group["eps"]) for group in optimizer.param_groups],
+        "steps": sorted({float(state["step"]) for adam in inner for state in adam.state.values()}),
+        "rates": [entry["learning_rate"] for entry in stats if entry is not None],
+    }
+
+
+def _have_more_extra_state(model: Any) -> None:
+    """As modules of Transformer Engine have, for which local layers save nothing."""
+    from megatron.core.dist_checkpointing.mapping import ShardedObject
+
+    chunk, name = model._chunks[0], "decoder.final_layernorm._extra_state"
+    of_local_layers = chunk.sharded_state_dict
+    extra = ShardedObject(name, None, (1,), (0,), replica_id=model.dp_rank)
+    chunk.sharded_state_dict = lambda **options: of_local_layers(**options) | {name: extra}
 
 
 def _fail_to_write(case: Case, rank: int, scratch: Path, root: Path) -> str:
@@ -248,13 +295,18 @@ def _main_weight_facts(model: Any, mains: dict[str, torch.Tensor]) -> dict[str, 
     """Whether the model's weights are the main weights, rounded; share of these that rounding changes."""
     rounded = {name: main.to(torch.bfloat16) for name, main in mains.items()}
     owned = {name: ~main.isnan() for name, main in mains.items()}
-    changed = [(mains[name] != rounded[name])[mask] for name, mask in owned.items()]
+    finer = [_finer_share(mains[name][mask]) * int(mask.sum()) for name, mask in owned.items()]
     return {
         "round to the model's": all(
             torch.equal(model.parameter(name)[mask], rounded[name][mask]) for name, mask in owned.items()
         ),
-        "finer share": torch.cat(changed).float().mean().item(),
+        "finer share": sum(finer) / sum(int(mask.sum()) for mask in owned.values()),
     }
+
+
+def _finer_share(numbers: torch.Tensor) -> float:
+    """Share of numbers that bfloat16 would change."""
+    return (numbers != numbers.to(torch.bfloat16)).float().mean().item() if numbers.numel() else 0.0
 
 
 def _owned(model: Any, parameter: torch.nn.Parameter) -> slice:

@@ -7,10 +7,13 @@ import math
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from random_policies import LEARNING_RATE
 from torch.distributed.checkpoint import FileSystemReader
 
 from megatron_ztrl.trainer.cpu_compat import cuda_calls
@@ -90,3 +93,38 @@ def test_a_failed_write_is_raised_where_training_goes_on(
     for rank, results in enumerate(checkpoints):
         file = root / "failed" / f"__{rank}_0.distcp"
         assert results["failed write"] == f"{file} could not be written: no space left on device"
+
+
+class AdamWithTypes(torch.optim.Optimizer):
+    """Stands for Transformer Engine's, which needs a GPU: both arguments of ``initialize_state`` are required."""
+
+    store_param_remainders = False
+
+    def initialize_state(self, parameter: torch.Tensor, store_param_remainders: bool) -> None:
+        assert not store_param_remainders
+        self.state[parameter]["master_param"] = parameter.detach().float()
+
+
+def test_states_of_chosen_types_exist_before_the_first_step() -> None:
+    parameter = torch.nn.Parameter(torch.ones(2, dtype=torch.bfloat16))
+    adam = AdamWithTypes([parameter], {})
+    settings = SimpleNamespace(use_precision_aware_optimizer=True)
+    part = SimpleNamespace(optimizer=adam, config=settings, init_state_fn=pytest.fail)
+    checkpoint._give_every_parameter_adam_state(SimpleNamespace(chained_optimizers=[part]))
+    assert adam.state[parameter]["master_param"].tolist() == [1.0, 1.0]
+
+
+def test_a_resumed_run_has_the_settings_of_its_own_configuration(checkpoints: list[dict[str, Any]]) -> None:
+    for results in checkpoints:
+        found = results["other settings"]
+        assert found["adam"] == [((0.9, 0.5), 1e-3)] * len(found["adam"])
+        assert found["steps"] == [5.0]  # two were saved, three made
+
+
+def test_the_actors_warm_up_begins_when_the_critics_has_ended(checkpoints: list[dict[str, Any]]) -> None:
+    rates = next(r["other settings"]["rates"] for r in checkpoints if r["other settings"]["rates"])
+    assert rates == [
+        LEARNING_RATE * 0.5,
+        LEARNING_RATE,
+        LEARNING_RATE,
+    ]  # steps 3, 4 and 5; 3 are the critic's
