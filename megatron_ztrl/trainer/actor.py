@@ -77,7 +77,9 @@ class ActorRank(PolicyRank):
         )
         self._first_weights: dict[str, torch.Tensor] = {}
         if swaps:
-            self._first_weights = {name: self.parameter(name).cpu().clone() for name in self._parameters}
+            self._first_weights = {
+                name: self.parameter(name).to("cpu", copy=True) for name in self._parameters
+            }
 
     def train_step(self, batch: PackedBatch, step: int) -> dict[str, float] | None:
         """One optimizer step on the clipped policy loss, averaged over the global batch's trained tokens.
@@ -85,7 +87,7 @@ class ActorRank(PolicyRank):
         Args:
             batch: Carries ``old_logprobs`` and ``advantages`` in ``per_token``, ``reference_logprobs`` when
                 the loss has a KL term, and ``importance_weights`` when it is weighted.
-            step: Optimizer steps done before this one; sets the warm-up.
+            step: Training steps before this one; sets the warm-up, which begins when the critic's has ended.
 
         Returns:
             Means over the global batch on the output rank of replica 0, None elsewhere.
@@ -95,7 +97,7 @@ class ActorRank(PolicyRank):
         """
         statistics = self._train(
             batch,
-            step,
+            step - self._config.algorithm.critic_warmup_steps,
             lambda microbatches: accumulate_gradients(
                 self._models, microbatches, batch.trained_tokens, self._loss_settings
             ),
@@ -106,7 +108,7 @@ class ActorRank(PolicyRank):
     @torch.no_grad()
     def reference_logprobs(self, batch: PackedBatch) -> list[np.ndarray] | None:
         """``logprobs`` under the weights that the run began with, which are swapped in for this pass."""
-        current = {name: self.parameter(name).cpu().clone() for name in self._parameters}
+        current = {name: self.parameter(name).to("cpu", copy=True) for name in self._parameters}
         self._set_weights(self._first_weights)
         try:
             return self.logprobs(batch)

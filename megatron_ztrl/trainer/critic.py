@@ -69,7 +69,7 @@ class CriticRank(MegatronRank):
 
         Args:
             batch: Carries ``old_values`` and ``returns`` in ``per_token``.
-            step: Optimizer steps done before this one; sets the warm-up.
+            step: Training steps before this one; sets the warm-up.
 
         Returns:
             Means over the global batch on the output rank of replica 0, None elsewhere.

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.models.gpt import GPTModel
@@ -112,7 +113,9 @@ class ValueModel(_SelectiveModel):
             torch.nn.init.zeros_(self.output_layer.bias)
 
     def head(self, hidden_NH: Tensor) -> Tensor:  # type: ignore[override]
-        return self.output_layer(hidden_NH)[:, 0]
+        # In float32: near 1, bfloat16 has a number every 0.004, which is a step of the policy's advantages.
+        layer = self.output_layer
+        return F.linear(hidden_NH.float(), layer.weight.float(), layer.bias.float())[:, 0]
 
 
 def build_chunks(

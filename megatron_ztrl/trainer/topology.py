@@ -6,11 +6,12 @@ import json
 from pathlib import Path
 
 from megatron_ztrl.config.schema import Config, WorldConfig
+from megatron_ztrl.data.packing import token_multiple
 from megatron_ztrl.weights.hf_mapping import Architecture, LayoutKeys, ParallelLayout, check_layout
 
 
-def resolve_checkpoint(path: str) -> Path:
-    """The local directory of ``model.path``; a hub id is downloaded, or found in the hub's cache.
+def resolve_checkpoint(path: str, setting: str = "model.path") -> Path:
+    """The local directory that ``setting`` names; a hub id is downloaded, or found in the hub's cache.
 
     Raises:
         ValueError: there is no such directory, and no such hub checkpoint can be reached.
@@ -19,7 +20,7 @@ def resolve_checkpoint(path: str) -> Path:
     if local.is_dir():
         return local
     if local.is_absolute() or path.startswith(".") or path.count("/") != 1:
-        raise ValueError(f"model.path: {path} is not a directory, and not a hub id (organisation/name)")
+        raise ValueError(f"{setting}: {path} is not a directory, and not a hub id (organisation/name)")
     # Optional at run time: a local checkpoint needs no hub client.
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
@@ -30,12 +31,12 @@ def resolve_checkpoint(path: str) -> Path:
         )
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise ValueError(
-            f"model.path: no directory {path}, and no such checkpoint on the hub or in its cache"
+            f"{setting}: no directory {path}, and no such checkpoint on the hub or in its cache"
             f" ({type(error).__name__}); download it first, or give a local directory"
         ) from error
 
 
-def read_architecture(checkpoint: Path) -> Architecture:
+def read_architecture(checkpoint: Path, setting: str = "model.path") -> Architecture:
     """The architecture that ``config.json`` of a checkpoint directory describes.
 
     Raises:
@@ -45,11 +46,11 @@ def read_architecture(checkpoint: Path) -> Architecture:
     try:
         config = json.loads(path.read_text())
     except (OSError, json.JSONDecodeError) as error:
-        raise ValueError(f"model.path: cannot read {path}: {error}") from error
+        raise ValueError(f"{setting}: cannot read {path}: {error}") from error
     try:
         return Architecture.from_hf_config(config)
     except KeyError as error:
-        raise ValueError(f"model.path: {path} has no {error}") from error
+        raise ValueError(f"{setting}: {path} has no {error}") from error
 
 
 def parallel_layout(world: WorldConfig) -> ParallelLayout:
@@ -65,7 +66,9 @@ def parallel_layout(world: WorldConfig) -> ParallelLayout:
 
 def critic_checkpoint(config: Config) -> Path:
     """Where the critic's first weights come from."""
-    return resolve_checkpoint(config.critic.path or config.model.path)
+    if config.critic.path is None:
+        return resolve_checkpoint(config.model.path)
+    return resolve_checkpoint(config.critic.path, "critic.path")
 
 
 def check_topology(config: Config) -> None:
@@ -78,15 +81,33 @@ def check_topology(config: Config) -> None:
     if policy.head != "language":
         raise ValueError(f"model.path: {config.model.path} is a critic, it has no language-model head")
     check_world("actor", config.actor, policy)
+    _check_room("actor", config.actor, config)
     if config.algorithm.advantage != "gae":
         return
-    critic = read_architecture(critic_checkpoint(config))
+    critic = read_architecture(
+        critic_checkpoint(config), "critic.path" if config.critic.path else "model.path"
+    )
     if critic.vocab_size != policy.vocab_size:
         raise ValueError(
             f"critic.path: a vocabulary of {critic.vocab_size} tokens, where the policy's has"
             f" {policy.vocab_size}: the critic must read the policy's tokens"
         )
     check_world("critic", config.critic, critic)
+    _check_room("critic", config.critic, config)
+
+
+def _check_room(section: str, world: WorldConfig, config: Config) -> None:
+    """Refuses microbatches that the longest rollout does not fit, some day in the middle of the run."""
+    longest = config.data.max_prompt_tokens + config.rollout.max_response_tokens
+    multiple = token_multiple(world, config.megatron.transformer)
+    padded = -(-longest // multiple) * multiple
+    if world.max_tokens_per_microbatch < padded:
+        raise ValueError(
+            f"{section}.max_tokens_per_microbatch: {world.max_tokens_per_microbatch} does not hold the longest"
+            f" sequence, data.max_prompt_tokens + rollout.max_response_tokens = {longest}, padded to a multiple of"
+            f" {multiple}:"
+            f" set it to {padded} or more"
+        )
 
 
 def check_world(section: str, world: WorldConfig, architecture: Architecture) -> None:

@@ -45,3 +45,7 @@ def test_export_is_bitwise_the_source_and_a_new_head(
     head = {"score.weight", "score.bias"} if CHECKPOINTS[critic.checkpoint].new_head else set()
     assert export.keys() == source.keys() | head
     assert all(torch.equal(source[name], export[name]) for name in source)
+
+
+def test_a_critic_in_bfloat16_says_numbers_that_are_finer(parity: dict[str, Any]) -> None:
+    assert max(rank["finer outputs"] for rank in parity["bfloat16-critic-pp2"]) > 0.3

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -37,9 +38,33 @@ def test_misfit_names_the_config_path(checkpoint: Path, layout: dict, message: s
         check_topology(config(checkpoint, **layout))
 
 
+def test_a_microbatch_must_hold_the_longest_rollout_with_its_padding(checkpoint: Path) -> None:
+    chosen = config(checkpoint, tp=2, sp=True)
+    longest = chosen.data.max_prompt_tokens + chosen.rollout.max_response_tokens
+    for short, message in ((1, f"padded to a multiple of 2: set it to {longest}"), (0, None)):
+        odd = replace(chosen.rollout, max_response_tokens=chosen.rollout.max_response_tokens - 1)
+        tight = replace(
+            chosen, rollout=odd, actor=replace(chosen.actor, max_tokens_per_microbatch=longest - short)
+        )
+        if message is None:
+            check_topology(tight)
+        else:
+            with pytest.raises(
+                ValueError, match=rf"actor.max_tokens_per_microbatch: {longest - 1} .*{message}"
+            ):
+                check_topology(tight)
+
+
 def test_missing_directory_is_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"model.path: .*nowhere is not a directory"):
         resolve_checkpoint(str(tmp_path / "nowhere"))
+
+
+def test_a_missing_critic_is_not_taken_for_the_policy(checkpoint: Path, tmp_path: Path) -> None:
+    chosen = config(checkpoint)
+    critic = replace(chosen.critic, path=str(tmp_path / "nowhere"))
+    with pytest.raises(ValueError, match=r"^critic.path: .*nowhere is not a directory"):
+        check_topology(replace(chosen, critic=critic, algorithm=replace(chosen.algorithm, advantage="gae")))
 
 
 def test_directory_without_config_is_named(tmp_path: Path) -> None:
