@@ -11,16 +11,18 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 import psutil
 
 from megatron_ztrl.config.schema import Config
-from megatron_ztrl.engines import cpu_compat
+from megatron_ztrl.engines import cpu_compat, tether
 from megatron_ztrl.engines.ports import port_of, reserve_port
+from megatron_ztrl.engines.tether import end_session, session_members
 
 WEIGHT_LOADER = "megatron_ztrl.engines.weight_receiver.load"
 """The custom weight loader (see that module)."""
@@ -74,6 +76,9 @@ class EngineServer:
         self._device = device or _detect_device()
         self._reservations: list[socket.socket] = []
         self._process: subprocess.Popen[bytes] | None = None
+        self._identity: psutil.Process | None = None
+        """Tells the process from another that has its id when it is gone."""
+        self._stopping = threading.Lock()
         self._shared_files: set[Path] = set()
         """As of the start, for when the processes can no longer be asked."""
         self._arguments = _server_args(config, index, self._device)
@@ -113,13 +118,14 @@ class EngineServer:
         self._scratch = tempfile.TemporaryDirectory(prefix=f"{SCRATCH_PREFIX}{os.getpid()}-")
         with self._log_path.open("ab") as log:
             self._process = subprocess.Popen(
-                [sys.executable, str(Path(__file__).with_name("tether.py")), str(os.getpid()), *command],
+                [sys.executable, tether.__file__, str(os.getpid()), *command],
                 env=self._environment(),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
             )
+        self._identity = psutil.Process(self._process.pid)
 
     def wait_healthy(self, timeout_seconds: float | None = None) -> None:
         """Block until the server answers requests.
@@ -145,7 +151,7 @@ class EngineServer:
             else:
                 raise EngineDied(f"engine {self.url} ended with code {code}\n{self.log_tail()}")
         self._end_reservations()
-        self._shared_files = _shared_files(_process_tree(self.pid))
+        self._shared_files = _shared_files(session_members(self.pid))
 
     def _reserve(self, port: int | None) -> int:
         self._reservations.append(reserve_engine_port(self._host, port))
@@ -162,22 +168,39 @@ class EngineServer:
         return f"engine {self.url} ended with code {process.wait()}\n{self.log_tail()}"
 
     def stop(self) -> None:
-        """End the server and everything it started; nothing is left when this returns. Safe to call twice."""
-        if self._process is None:
-            return
-        tree = _process_tree(self._process.pid)
-        shared_files = self._shared_files | _shared_files(tree)
-        if self._device == "cuda" and self.alive:  # so that the schedulers give back GPU memory
-            self._process.send_signal(signal.SIGTERM)
-            with contextlib.suppress(subprocess.TimeoutExpired):  # then it is killed, with its children
-                self._process.wait(GRACE_SECONDS)
-        _kill(tree)
-        self._process.wait()
-        for path in shared_files:
-            path.unlink(missing_ok=True)
-        self._scratch.cleanup()
-        self._end_reservations()
-        self._process = None
+        """End the server and everything it started; nothing is left when this returns. Safe to call twice.
+
+        Raises:
+            RuntimeError: a process does not end.
+        """
+        with self._stopping:
+            if self._process is None:
+                return
+            shared_files = self._shared_files
+            if self._session_is_ours():
+                shared_files = shared_files | _shared_files(session_members(self._process.pid))
+                if self._device == "cuda" and self.alive:  # so that the schedulers give back GPU memory
+                    self._process.send_signal(signal.SIGTERM)
+                    with contextlib.suppress(
+                        subprocess.TimeoutExpired
+                    ):  # then it is killed, with its children
+                        self._process.wait(GRACE_SECONDS)
+                end_session(self._process.pid)
+            self._process.wait()
+            for path in shared_files:
+                path.unlink(missing_ok=True)
+            self._scratch.cleanup()
+            self._end_reservations()
+            self._process = None
+
+    def _session_is_ours(self) -> bool:
+        """Whether the processes of the session, if there are any, are those that the server started.
+
+        It leads a session of its own, which outlives it, so that its orphans are found. The kernel gives its process
+        id to another only when all of them are gone.
+        """
+        assert self._identity is not None
+        return self._identity.is_running() or not psutil.pid_exists(self._identity.pid)
 
     def log_tail(self) -> str:
         """The last lines of the log."""
@@ -264,6 +287,8 @@ def reserve_engine_port(host: str, port: int | None) -> socket.socket:
 
 def end_of_log(path: Path) -> str:
     """The last lines of a log, for a message."""
+    if not path.exists():
+        return f"(there is no {path})"
     lines = path.read_text(errors="replace").splitlines()[-LOG_TAIL_LINES:]
     return "\n".join([f"--- end of {path} ---", *(line[:LOG_LINE_CHARACTERS] for line in lines)])
 
@@ -274,40 +299,12 @@ def _detect_device() -> Literal["cpu", "cuda"]:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def _process_tree(pid: int) -> list[psutil.Process]:
-    try:
-        root = psutil.Process(pid)
-        return [root, *root.children(recursive=True)]
-    except psutil.NoSuchProcess:
-        return []
-
-
-def _shared_files(processes: Sequence[psutil.Process]) -> set[Path]:
+def _shared_files(processes: Iterable[int]) -> set[Path]:
     """What the processes share through memory; a killed process does not remove its files."""
     paths: set[Path] = set()
-    for process in processes:
-        try:
-            maps = process.memory_maps()
-        except (psutil.NoSuchProcess, psutil.AccessDenied):
-            continue  # already gone
-        paths.update(Path(entry.path) for entry in maps if entry.path.startswith("/dev/shm/"))
+    for pid in processes:
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError, PermissionError):  # already gone
+            for line in Path(f"/proc/{pid}/maps").read_text().splitlines():
+                path = line.split(maxsplit=5)[5:]  # address permissions offset device inode path
+                paths.update(Path(name) for name in path if name.startswith("/dev/shm/"))
     return paths
-
-
-def _kill(processes: Sequence[psutil.Process]) -> None:
-    """Kill all, and wait until they are gone.
-
-    Python's resource tracker goes last and by itself: it removes the semaphores of those it served.
-    """
-    for process in processes:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            if not any("resource_tracker" in word for word in process.cmdline()):
-                process.kill()
-    deadline = time.monotonic() + GRACE_SECONDS
-    for process in processes:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            # One that is not our child may stay as a zombie, which holds nothing.
-            while process.status() != psutil.STATUS_ZOMBIE:
-                if time.monotonic() > deadline:
-                    process.kill()
-                time.sleep(HEALTH_POLL_SECONDS / 10)

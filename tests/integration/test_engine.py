@@ -3,6 +3,7 @@ implementation.
 """
 
 import asyncio
+import os
 import re
 import socket
 import subprocess
@@ -19,6 +20,7 @@ from tiny_model import byte_tokenizer, logprobs_under
 from megatron_ztrl.engines import tether
 from megatron_ztrl.engines.client import EngineError
 from megatron_ztrl.engines.server import EngineDied, EngineServer
+from megatron_ztrl.engines.tether import session_members
 from megatron_ztrl.types import FinishReason, VersionSpan
 
 PROMPT = [10, 20, 30, 40, 50]
@@ -136,6 +138,38 @@ def test_a_stopped_server_leaves_no_process(config, tmp_path, model):
     server.stop()
     assert not process.is_running()
     assert not server.alive
+
+
+def test_a_server_that_is_killed_while_it_starts_leaves_no_process(config, tmp_path, model):
+    server = EngineServer(config, log_path=tmp_path / "engine.log")
+    server.start()
+    launcher = psutil.Process(server.pid)
+    while not any("spawn_main" in word for child in launcher.children() for word in child.cmdline()):
+        time.sleep(0.02)  # they will import for seconds before they tie themselves to the launcher
+    (guard,) = (child for child in launcher.children() if tether.__file__ in child.cmdline())
+    guard.kill()  # with it nothing would be left to see
+    launcher.kill()
+    assert "code -9" in server.wait()
+    assert list(session_members(launcher.pid))
+    server.stop()
+    assert not list(session_members(launcher.pid))
+
+
+def test_what_a_tethered_process_has_started_dies_with_it():
+    command = ("sh", "-c", "sleep 600 & sleep 600 & echo started; wait")
+    launcher = subprocess.Popen(
+        [sys.executable, tether.__file__, str(os.getpid()), *command],
+        stdout=subprocess.PIPE,
+        start_new_session=True,
+    )
+    assert launcher.stdout.readline() == b"started\n"
+    assert len(list(session_members(launcher.pid))) == 4  # with the guard
+    launcher.kill()
+    launcher.wait()
+    deadline = time.monotonic() + 10
+    while list(session_members(launcher.pid)) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert not list(session_members(launcher.pid))
 
 
 def test_a_tethered_process_dies_with_its_parent():
