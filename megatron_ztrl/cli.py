@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import argparse
+import asyncio
 import dataclasses
 import errno
 import os
+import signal
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING, NoReturn
 
 if TYPE_CHECKING:
     from megatron_ztrl.config.schema import Config
 
-SOMETHING_MISSING = 1
+FAILED = 1
+"""A server would not run, or ``ztrl doctor`` misses something."""
 USER_ERROR = 2
 INTERRUPTED = 130
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -34,34 +37,43 @@ examples:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one command and returns the exit code: 0, 2 for what the user got wrong, 130 when interrupted."""
+    """Runs one command and returns the exit code: 0, 2 for what the user got wrong, 130 when interrupted, else 1."""
     options = _parse(sys.argv[1:] if arguments is None else arguments)
     try:
         return options.command(options)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, asyncio.CancelledError):  # the latter while a run starts or ends
         return INTERRUPTED
-    except (ValueError, OSError) as error:
+    except Exception as error:
         if os.environ.get("ZTRL_TRACEBACK") == "1" or not _is_for_the_user(error):
             raise
         for line in str(error).splitlines():
             print(f"error: {line}", file=sys.stderr)
-        return USER_ERROR
+        return USER_ERROR if isinstance(error, ValueError | OSError) else FAILED
 
 
 def _train(options: argparse.Namespace) -> int:
     config = _load(options.config, options.words)
     _refuse_to_mix_runs(config, options.resume)
-    from megatron_ztrl.loop import run_training
+    from megatron_ztrl.runtime.processes import sole_driver
+    from megatron_ztrl.runtime.scaling import forget_requests
 
-    run_training(config, resume=options.resume)
+    with sole_driver(Path(config.run.directory)):
+        from megatron_ztrl.loop import run_training
+
+        if not options.resume:
+            forget_requests(Path(config.run.directory))
+        run_training(config, resume=options.resume)
     return 0
 
 
 def _evaluate(options: argparse.Namespace) -> int:
     config = _load(options.config, options.words)
-    from megatron_ztrl.evaluate import run_evaluation
+    from megatron_ztrl.runtime.processes import sole_driver
 
-    run_evaluation(config)
+    with sole_driver(Path(config.run.directory)):
+        from megatron_ztrl.evaluate import run_evaluation
+
+        run_evaluation(config)
     return 0
 
 
@@ -72,6 +84,7 @@ def _plan(options: argparse.Namespace) -> int:
     config = _load_checked(options.config, options.words, check_config, check_native)
     from megatron_ztrl.trainer.planner.command import Options, run_plan
 
+    _end_with_the_reader()
     run_plan(config, Options(**{f.name: getattr(options, f.name) for f in dataclasses.fields(Options)}))
     return 0
 
@@ -84,7 +97,11 @@ def _engines(options: argparse.Namespace) -> int:
         request_engines(options.run_directory, options.count)
         print(f"asked for {options.count} engines; the run says when they serve")
         return 0
-    for name, row in read_processes(options.run_directory)["servers"].items():
+    _end_with_the_reader()
+    servers = read_processes(options.run_directory)["servers"]
+    if not servers:
+        print("no server of the run has started yet")
+    for name, row in servers.items():
         print(f"{name:12} {row['state']:18} pid {row['pid']:<8} {row['url']:28} restarts {row['restarts']}")
     return 0
 
@@ -101,11 +118,17 @@ def _doctor(options: argparse.Namespace) -> int:
     from megatron_ztrl.doctor import examine, print_table, to_json
 
     findings = examine()
+    _end_with_the_reader()
     if options.json:
         print(to_json(findings))
     else:
         print_table(findings)
-    return SOMETHING_MISSING if any(finding.blocks for finding in findings) else 0
+    return FAILED if any(finding.blocks for finding in findings) else 0
+
+
+def _end_with_the_reader() -> None:
+    """As other tools do when ``head`` has seen enough."""
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -229,16 +252,23 @@ def _refuse_to_mix_runs(config: Config, resume: bool) -> None:
 
 
 def _is_for_the_user(error: Exception) -> bool:
-    """Whether our own code raised it; one out of torch or Megatron is a bug, and keeps its traceback.
+    """Whether it says all there is to say; anything else is a bug, and keeps its traceback.
 
-    A full disk is nobody's bug, wherever it was noticed.
+    So does what our own code raised as a ``ValueError``, or as a class of its own; a file that our code could not use;
+    and a full disk, wherever it was noticed.
     """
     if isinstance(error, OSError) and error.errno in _DISK_FULL:
         return True
-    innermost: TracebackType | None = error.__traceback__
-    while innermost is not None and innermost.tb_next is not None:
-        innermost = innermost.tb_next
-    module = innermost.tb_frame.f_globals.get("__name__", "") if innermost else ""
+    if not isinstance(error, ValueError | OSError):
+        return _is_ours(type(error).__module__)
+    modules = [frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__)]
+    if isinstance(error, OSError):  # files are opened by the standard library
+        while modules and modules[-1].partition(".")[0] in sys.stdlib_module_names - {"__main__"}:
+            modules.pop()
+    return bool(modules) and _is_ours(modules[-1])
+
+
+def _is_ours(module: str) -> bool:
     return module.partition(".")[0] in _OUR_PACKAGES
 
 

@@ -31,28 +31,26 @@ def ray_cluster() -> Iterator[None]:
     os.environ.setdefault("RAY_worker_niceness", "0")
     import ray
 
-    if "RAY_ADDRESS" in os.environ:
-        ray.init(log_to_driver=False, logging_level=logging.ERROR)
-        directory = None
-    else:
-        os.environ[_ADDRESS_VARIABLE] = "127.0.0.1"
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-        _remove_directories_of_killed_runs()
-        # Sockets live in it, and their paths may not exceed 107 bytes.
-        directory = tempfile.mkdtemp(prefix=f"{_DIRECTORY_PREFIX}{os.getpid()}-")
-        ray.init(
-            include_dashboard=False,
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-            object_store_memory=OBJECT_STORE_BYTES,
-            _temp_dir=directory,
-        )
-    try:
+    with contextlib.ExitStack() as stack:
+        if "RAY_ADDRESS" in os.environ:
+            ray.init(log_to_driver=False, logging_level=logging.ERROR)
+        else:
+            os.environ[_ADDRESS_VARIABLE] = "127.0.0.1"
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+            _remove_directories_of_killed_runs()
+            # Sockets live in it, and their paths may not exceed 107 bytes.
+            directory = tempfile.TemporaryDirectory(
+                prefix=f"{_DIRECTORY_PREFIX}{os.getpid()}-", ignore_cleanup_errors=True
+            )
+            ray.init(
+                include_dashboard=False,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+                object_store_memory=OBJECT_STORE_BYTES,
+                _temp_dir=stack.enter_context(directory),
+            )
+        stack.callback(ray.shutdown)
         yield
-    finally:
-        ray.shutdown()
-        if directory is not None:
-            shutil.rmtree(directory, ignore_errors=True)
 
 
 def _remove_directories_of_killed_runs() -> None:

@@ -9,7 +9,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 
 from megatron_ztrl.config.schema import Config
-from megatron_ztrl.engines.client import EngineClient, EngineUnreachable
+from megatron_ztrl.engines.client import EngineClient, EngineError, EngineUnreachable
 from megatron_ztrl.engines.server import EngineServer
 from megatron_ztrl.rollout.fleet import EngineFleet
 from megatron_ztrl.rollout.trajectory import Engine as RolloutEngine
@@ -239,7 +239,9 @@ class EngineSlot:
         self.index = index
         self.max_restarts = config.engine.max_restarts
         self.server = HostedServer(
-            lambda: Engine(lambda: EngineServer(config, index=index, log_path=log_path, host=node_address())),
+            lambda _: Engine(
+                lambda: EngineServer(config, index=index, log_path=log_path, host=node_address())
+            ),
             gpus=config.engine.tensor_parallel_size,
         )
         self.client: EngineClient | None = None
@@ -284,7 +286,11 @@ class EngineSlot:
         self.look.set()
 
     async def fails(self) -> str:
-        """Returns when it is condemned, or has answered no health check for too long, publishes aside."""
+        """Returns when it is condemned, or has answered no health check for too long.
+
+        During a publish it samples nothing, and is only asked whether it is there: a publish does not end before an
+        engine that hangs is replaced.
+        """
         limit_seconds = self._run.config.engine.health_timeout_seconds
         healthy_at = time.monotonic()
         while True:
@@ -294,26 +300,26 @@ class EngineSlot:
             self.look.clear()
             if self._condemned is not None:
                 return self._condemned
-            publishes = self._run.publishes
-            if self._run.publishing.locked():  # one that is paused samples nothing
+            publishes, paused = self._run.publishes, self._run.publishing.locked()
+            if await self._answers(paused):
                 healthy_at = time.monotonic()
-            elif await self._healthy():
-                healthy_at = time.monotonic()
-                if self.serves:
+                if self.serves and not paused:
                     self.serve()  # again, if a connection broke
-            elif publishes != self._run.publishes:  # it was paused meanwhile
+            elif not paused and publishes != self._run.publishes:  # it was paused meanwhile
                 healthy_at = time.monotonic()
             elif time.monotonic() - healthy_at > limit_seconds:
                 return f"{self.name} has answered no health check for {limit_seconds:.0f} s"
 
-    async def _healthy(self) -> bool:
+    async def _answers(self, paused: bool) -> bool:
         assert self.client is not None
+        limit_seconds = min(HEALTH_ANSWER_SECONDS, self._run.config.engine.health_timeout_seconds)
         try:
-            async with asyncio.timeout(
-                min(HEALTH_ANSWER_SECONDS, self._run.config.engine.health_timeout_seconds)
-            ):
-                return await self.client.healthy()
-        except TimeoutError:
+            async with asyncio.timeout(limit_seconds):
+                if not paused:
+                    return await self.client.healthy()
+                await self.client.weight_version()  # which the server says without its scheduler
+                return True
+        except (TimeoutError, EngineError):
             return False
 
     def went_down(self) -> None:

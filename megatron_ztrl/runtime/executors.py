@@ -4,19 +4,25 @@ from __future__ import annotations
 
 import asyncio
 import secrets
+import time
 from collections.abc import Sequence
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from ztrl_sandbox.client_pool import ExecutorPool
 from ztrl_sandbox.process import ExecutorServer
 
 from megatron_ztrl.config.schema import Config, SandboxConfig
-from megatron_ztrl.envs.python_tool import Execute
+from megatron_ztrl.envs.base import Execute
 from megatron_ztrl.runtime.cluster import node_address
 from megatron_ztrl.runtime.processes import ProcessTable
 from megatron_ztrl.runtime.services import Executor, HostedServer, Started
 from megatron_ztrl.runtime.supervision import Supervisor
 from megatron_ztrl.types import ExecutionResult, ExecutionStatus
+
+PROBE_INTERVAL_SECONDS = 10.0
+HANGS_SECONDS = 120.0
+"""An executor whose process lives, and that is not ready for so long, is started again."""
 
 
 class RunExecutors:
@@ -64,6 +70,12 @@ class RunExecutors:
         for slot in self._slots:
             supervisor.watch(slot)
 
+    async def ready(self, url: str) -> bool:
+        """Whether one of them can run snippets now."""
+        assert self._pool is not None, "start() first"
+        (executor,) = (executor for executor in self._pool.executors if executor.url == url)
+        return await executor.ready(self._pool.http)
+
     async def stop(self) -> None:
         """Stops them."""
         if self._pool is not None:
@@ -79,14 +91,22 @@ class ExecutorSlot:
         self.server = server
         self.max_restarts = run.config.sandbox.max_restarts
         self._run = run
+        self._url = ""
 
     def came_up(self, started: Started) -> None:
-        """It serves at the URL that it had before."""
+        """It serves, at the URL that it had before."""
+        self._url = started.url
         self._run.processes.update(self.name, **started._asdict(), state="serves")
 
     async def fails(self) -> str:
-        """Never returns: the pool judges by itself who is asked."""
-        return await asyncio.get_running_loop().create_future()
+        """Returns when it hangs. Whether it is asked meanwhile is for the pool to judge."""
+        ready_at = time.monotonic()
+        while True:
+            await asyncio.sleep(PROBE_INTERVAL_SECONDS)
+            if await self._run.ready(self._url):
+                ready_at = time.monotonic()
+            elif time.monotonic() - ready_at > HANGS_SECONDS:
+                return f"{self.name} was not ready for {HANGS_SECONDS:.0f} s"
 
     def went_down(self) -> None:
         """The pool notices."""
@@ -105,9 +125,10 @@ def _read_token(sandbox: SandboxConfig) -> str | None:
 
 
 def _hosted(sandbox: SandboxConfig, node: str, token: str, log_path: Path) -> HostedServer:
-    def build() -> Executor:
+    def build(before: Started | None) -> Executor:
         server = ExecutorServer(
             host=node_address(),
+            port=(before and urlsplit(before.url).port) or 0,  # the pool knows it there
             token=token,
             workers=sandbox.workers,
             preload=sandbox.preload,

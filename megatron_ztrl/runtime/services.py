@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple, Protocol
@@ -12,6 +14,11 @@ from ztrl_sandbox.process import ExecutorServer
 
 from megatron_ztrl.engines.server import EngineServer, end_of_log
 from megatron_ztrl.runtime.cluster import cluster_gpus, user_facing
+
+STOP_SECONDS = 60.0
+"""The longest that a host may take to end its server; then it is killed, and the server with it."""
+EXECUTOR_FAREWELL_SECONDS = 10.0
+"""An executor that hangs does not end when it is asked to."""
 
 
 class Started(NamedTuple):
@@ -23,7 +30,7 @@ class Started(NamedTuple):
 
 
 class ServerDied(RuntimeError):
-    """A server could not be started again; the message says why."""
+    """A server could not be started; the message says why."""
 
 
 class Server(Protocol):
@@ -79,14 +86,20 @@ class Executor:
         return f"executor {url} ended with code {code}\n{end_of_log(self._log_path)}"
 
     async def stop(self) -> None:
-        await self._server.stop()
+        try:
+            async with asyncio.timeout(EXECUTOR_FAREWELL_SECONDS):
+                await self._server.stop()
+        except TimeoutError:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self._server.pid, signal.SIGKILL)
+            await self._server.stop()
 
 
 class _Host:
     """Runs in the actor: the server is its child, and dies with it."""
 
-    def __init__(self, build: Callable[[], Server]) -> None:
-        self._server = build()
+    def __init__(self, build: Callable[[Started | None], Server], before: Started | None) -> None:
+        self._server = build(before)
 
     async def exist(self) -> None:
         """Returns once the host has its place on the cluster."""
@@ -109,21 +122,35 @@ class HostedServer:
     """A server on some node of the cluster.
 
     Args:
-        build: Makes the server; called on its node.
+        build: Makes the server, given the last one that a host of this place had; called on its node.
         gpus: GPUs it needs when the cluster has any.
         node: Ray's id of the node to run on; None leaves the choice to Ray.
     """
 
-    def __init__(self, build: Callable[[], Server], *, gpus: int = 0, node: str | None = None) -> None:
+    def __init__(
+        self, build: Callable[[Started | None], Server], *, gpus: int = 0, node: str | None = None
+    ) -> None:
         self._build = build
         self._gpus = gpus if cluster_gpus() else 0
         self._node = node
+        self._started: Started | None = None
         self._new_host()
 
     async def start(self) -> Started:
-        """Starts the server and waits until it serves."""
-        await self._placement()
-        return await user_facing(self._host.start.remote())
+        """Starts the server and waits until it serves.
+
+        Raises:
+            ServerDied: It did not start.
+            ValueError: What the user asked of it cannot be.
+        """
+        from ray.exceptions import RayError
+
+        try:
+            await self._placement()
+            self._started = await user_facing(self._host.start.remote())
+        except RayError as error:
+            raise _died(error) from error
+        return self._started
 
     async def restart(self) -> Started:
         """Ends what is left of the server, and starts it again, with the same GPUs while its node lives.
@@ -131,20 +158,19 @@ class HostedServer:
         Raises:
             ServerDied: It did not start.
         """
-        from ray.exceptions import RayActorError, RayTaskError
+        from ray.exceptions import RayActorError, RayError
 
         try:
             try:
                 await self._placement()
-                return await self._host.restart.remote()
+                self._started = await self._host.restart.remote()
             except RayActorError:  # its node is gone, or somebody killed the host
                 self._new_host()
                 await self._placement()
-                return await self._host.start.remote()
-        except RayTaskError as error:
-            raise ServerDied(str(error.cause)) from error
-        except RayActorError as error:
-            raise ServerDied(f"its host on the cluster died: {error}") from error
+                self._started = await self._host.start.remote()
+        except RayError as error:
+            raise _died(error) from error
+        return self._started
 
     async def wait(self) -> str:
         """Waits until the server has ended, of itself or otherwise. Returns how."""
@@ -156,14 +182,17 @@ class HostedServer:
             return f"its host on the cluster died: {error}"
 
     async def stop(self) -> None:
-        """Stops the server, then its host."""
+        """Stops the server, then its host, whether that answers or not."""
         import ray
         from ray.exceptions import RayActorError
 
         try:
             if self._placed:  # else there is nobody to answer
-                with contextlib.suppress(RayActorError):  # died already, and took the server along
-                    await self._host.stop.remote()
+                with contextlib.suppress(
+                    RayActorError, TimeoutError
+                ):  # died already, and took the server along
+                    async with asyncio.timeout(STOP_SECONDS):
+                        await self._host.stop.remote()
         finally:
             ray.kill(self._host)
 
@@ -181,5 +210,14 @@ class HostedServer:
             remote = remote.options(
                 scheduling_strategy=NodeAffinitySchedulingStrategy(self._node, soft=False)
             )
-        self._host = remote.remote(self._build)
+        self._host = remote.remote(self._build, self._started)
         self._placed = False
+
+
+def _died(error: Exception) -> ServerDied:
+    """What Ray says of a server that did not start, in words for people."""
+    from ray.exceptions import RayTaskError
+
+    if isinstance(error, RayTaskError):
+        return ServerDied(str(error.cause) or repr(error.cause))
+    return ServerDied(f"its host on the cluster died: {error}")

@@ -16,7 +16,7 @@ FIRST_PAUSE_SECONDS = 1.0
 LONGEST_PAUSE_SECONDS = 60.0
 
 
-class ServerKeepsDying(RuntimeError):
+class ServerKeepsDying(ServerDied):
     """A server died too often; the message has the end of its log."""
 
 
@@ -65,10 +65,19 @@ class Supervisor:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        tasks = list(self._tasks)
-        for task in tasks:
+        for task in list(self._tasks):
             task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        while True:
+            try:
+                await asyncio.sleep(
+                    0
+                )  # here arrives what `_ended` has sent to a block that awaited nothing since
+                while self._tasks:
+                    await asyncio.wait(self._tasks)
+                break
+            except asyncio.CancelledError:  # by a watcher that failed, or by the user
+                if self._error is None:
+                    raise
         if self._error is not None and (kind is None or issubclass(kind, asyncio.CancelledError)):
             assert self._body is not None
             self._body.uncancel()

@@ -4,28 +4,32 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Awaitable
+from collections.abc import AsyncIterator, Awaitable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from megatron_ztrl.config.extensions import load_object
 from megatron_ztrl.config.schema import Config
 from megatron_ztrl.data.batches import Minibatch, PerToken, Scores
 from megatron_ztrl.engines.server import reserve_engine_port
+from megatron_ztrl.envs.base import Execute, MakeEnvironment
 from megatron_ztrl.envs.prompt_templates import get_template
-from megatron_ztrl.envs.python_tool import Execute
+from megatron_ztrl.envs.python_tool import PythonTool
 from megatron_ztrl.observability.progress import Progress
 from megatron_ztrl.rewards.math_verifier import MathVerifier
+from megatron_ztrl.rewards.own import bounded
 from megatron_ztrl.rollout.fleet import EngineFleet
-from megatron_ztrl.rollout.group import GroupRunner
+from megatron_ztrl.rollout.group import GroupRunner, Score
 from megatron_ztrl.rollout.trajectory import Sampling, Tokenizer
 from megatron_ztrl.runtime.cluster import cluster_gpus, cluster_nodes, node_address, ray_cluster
 from megatron_ztrl.runtime.engines import RunEngines
 from megatron_ztrl.runtime.executors import RunExecutors, run_snippets
 from megatron_ztrl.runtime.megatron_world import MegatronWorld, Role
 from megatron_ztrl.runtime.processes import ProcessTable
-from megatron_ztrl.runtime.scaling import follow_requests
+from megatron_ztrl.runtime.scaling import follow_requests, with_standing_count
 from megatron_ztrl.runtime.supervision import Supervisor
 from megatron_ztrl.trainer.integrity import FileRecord
+from megatron_ztrl.trainer.topology import parallel_layout
 from megatron_ztrl.weights.publish import PublishReport, WeightPublisher
 
 
@@ -52,11 +56,20 @@ class RolloutSystem:
             fleet=self.fleet,
             tokenizer=self.tokenizer,
             execute=self.execute,
-            score=self.verifier.score,
+            score=self._score(),
+            make_environment=self._make_environment(),
             template=get_template(self.config.data.prompt_template),
             tool=self.config.tool,
             sampling=sampling,
         )
+
+    def _score(self) -> Score:
+        own = self.config.reward.function
+        return self.verifier.score if own is None else bounded(load_object(own, key="reward.function"), own)
+
+    def _make_environment(self) -> MakeEnvironment:
+        own = self.config.tool.environment
+        return PythonTool.of if own is None else load_object(own, key="tool.environment")
 
 
 @dataclass(kw_only=True)
@@ -173,10 +186,10 @@ async def launch_rollouts(
     async with contextlib.AsyncExitStack() as stack:
         with progress.startup("Ray"):
             stack.enter_context(ray_cluster())
-        _refuse_taken_ports(config)
+        _check_ports_and_gpus(config, [])
         with progress.startup("SGLang engines and Python executors"):
             rollouts = await _start_rollouts(config, run_directory, tokenizer, progress, stack)
-        await _supervise(rollouts, None, progress, stack)
+        await _supervise(rollouts, None, config.engine.count, progress, stack)
         yield rollouts
 
 
@@ -192,12 +205,15 @@ async def launch(
         tokenizer: Of the policy.
         progress: The terminal.
     """
+    configured_engines = config.engine.count
+    config = with_standing_count(config, run_directory)
+    roles = _roles(config)
     async with contextlib.AsyncExitStack() as stack:
         with progress.startup("Ray"):
             stack.enter_context(ray_cluster())
-        _refuse_taken_ports(config)
+        _check_ports_and_gpus(config, roles)
         with progress.startup("Megatron ranks, SGLang engines and Python executors"):
-            worlds = {role: MegatronWorld(config, role) for role in _roles(config)}
+            worlds = {role: MegatronWorld(config, role) for role in roles}
             for world in worlds.values():
                 stack.callback(world.kill)
             rollouts, _ = await asyncio.gather(
@@ -213,7 +229,7 @@ async def launch(
             backend="nccl" if cluster_gpus() else "gloo",
         )
         stack.push_async_callback(publisher.close)
-        await _supervise(rollouts, publisher, progress, stack)
+        await _supervise(rollouts, publisher, configured_engines, progress, stack)
         yield System(
             rollouts=rollouts,
             actor=actor,
@@ -264,6 +280,7 @@ async def _start_rollouts(
 async def _supervise(
     rollouts: RolloutSystem,
     publisher: WeightPublisher | None,
+    configured_engines: int,
     progress: Progress,
     stack: contextlib.AsyncExitStack,
 ) -> None:
@@ -271,13 +288,28 @@ async def _supervise(
     supervisor = await stack.enter_async_context(Supervisor(progress.note))
     rollouts.engines.supervise(supervisor, publisher)
     rollouts.executors.supervise(supervisor)
-    supervisor.spawn(
-        follow_requests(Path(rollouts.config.run.directory), rollouts.engines.scale, progress.note)
-    )
+    directory = Path(rollouts.config.run.directory)
+    supervisor.spawn(follow_requests(directory, configured_engines, rollouts.engines.scale, progress.note))
 
 
-def _refuse_taken_ports(config: Config) -> None:
-    """Finds a taken ``engine.port`` before anything slow starts; on several nodes each engine finds it itself."""
+def _check_ports_and_gpus(config: Config, roles: Sequence[Role]) -> None:
+    """Finds a taken ``engine.port``, and GPUs that nobody has, before anything slow starts.
+
+    On several nodes each engine finds a taken port by itself.
+
+    Raises:
+        ValueError: There is one, or there are too few.
+    """
     if config.engine.port is not None and len(cluster_nodes()) == 1:
         for index in range(config.engine.count):
             reserve_engine_port(node_address(), config.engine.port + index).close()
+    ranks = sum(
+        parallel_layout(config.critic if role == "critic" else config.actor).world_size for role in roles
+    )
+    engine_gpus = config.engine.count * config.engine.tensor_parallel_size
+    gpus = cluster_gpus()
+    if gpus and ranks + engine_gpus > gpus:  # Ray would wait for more
+        raise ValueError(
+            f"the cluster has {gpus} GPUs: {ranks} Megatron ranks and {config.engine.count} engines of"
+            f" {config.engine.tensor_parallel_size} need {ranks + engine_gpus}; see actor.*, critic.*, engine.*"
+        )

@@ -21,6 +21,7 @@ class ExecutorServer:
 
     Args:
         host: Address to listen on; anything but loopback needs a token.
+        port: Of it; 0 takes a free one.
         token: Bearer token that callers must send; None asks for none.
         workers: Snippets that run at once.
         preload: Modules that snippets find imported already.
@@ -35,6 +36,7 @@ class ExecutorServer:
         self,
         *,
         host: str = "127.0.0.1",
+        port: int = 0,
         token: str | None = None,
         workers: int = 2,
         preload: Sequence[str] = ("math", "sympy"),
@@ -50,7 +52,7 @@ class ExecutorServer:
             *("--memory-limit-bytes", str(memory_limit_bytes)),
             *("--isolation", isolation, "--min-isolation", min_isolation),
         ]
-        self._port = 0
+        self._port = port
         self._token = token
         self._log_path = log_path
         self._start_timeout_seconds = start_timeout_seconds

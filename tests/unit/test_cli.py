@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +14,7 @@ import pytest
 
 from megatron_ztrl import cli
 from megatron_ztrl.config.load import ConfigError
+from megatron_ztrl.runtime.services import ServerDied
 
 CONFIG = """
 run: {directory: RUN}
@@ -133,9 +136,12 @@ def test_options_may_stand_between_overrides() -> None:
     )
 
 
-def test_an_interrupted_command_ends_with_130(monkeypatch: pytest.MonkeyPatch, config: Path) -> None:
+@pytest.mark.parametrize("interruption", [KeyboardInterrupt, asyncio.CancelledError])
+def test_an_interrupted_command_ends_with_130(
+    monkeypatch: pytest.MonkeyPatch, config: Path, interruption: type[BaseException]
+) -> None:
     def interrupted(path: Path, overrides: list[str]) -> None:
-        raise KeyboardInterrupt
+        raise interruption
 
     monkeypatch.setattr(cli, "_load", interrupted)
     assert cli.main(["train", str(config)]) == cli.INTERRUPTED
@@ -150,6 +156,40 @@ def test_a_disk_that_is_full_is_one_line_wherever_it_was_noticed(
     monkeypatch.setattr(cli, "_load", write)
     assert cli.main(["train", str(config)]) == cli.USER_ERROR
     assert capsys.readouterr().err == "error: [Errno 28] No space left on device\n"
+
+
+def test_a_server_that_does_not_start_is_told_in_its_own_words(
+    monkeypatch: pytest.MonkeyPatch, config: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(path: Path, overrides: list[str]) -> None:
+        raise ServerDied("engine 0 ended with code 1\nits last words")
+
+    monkeypatch.setattr(cli, "_load", fail)
+    assert cli.main(["train", str(config)]) == cli.FAILED
+    assert capsys.readouterr().err == "error: engine 0 ended with code 1\nerror: its last words\n"
+
+
+def test_what_cannot_be_read_or_written_is_one_line(config: Path, tmp_path: Path) -> None:
+    assert refusal("train", tmp_path) == f"{tmp_path}: no such configuration file"
+    (tmp_path / "file").write_text("")
+    message = refusal("eval", config, f"run.directory={tmp_path}/file/run")
+    assert message == f"run.directory: Not a directory: {tmp_path}/file/run; choose another"
+    assert "not a run directory" in refusal("report", tmp_path / "file")
+    (tmp_path / "metrics.jsonl").mkdir()
+    assert "Is a directory" in refusal("report", tmp_path)
+
+
+def test_a_reader_that_has_seen_enough_is_no_error(tmp_path: Path) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-m", "megatron_ztrl.cli", "doctor", "--json"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    process.stdout.close()
+    _, error = process.communicate(timeout=60)
+    assert (process.returncode, error) == (-signal.SIGPIPE, "")
 
 
 def test_a_bug_keeps_its_traceback_and_a_users_mistake_does_not() -> None:

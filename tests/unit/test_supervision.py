@@ -160,3 +160,34 @@ async def test_an_error_of_the_block_is_its_own(pauses):
 
     with pytest.raises(KeyError, match="mine"):
         await supervised(Charge(), fail())
+
+
+async def test_an_error_of_a_watcher_is_raised_though_the_block_ends_at_the_same_moment(pauses):
+    async def fail():
+        raise ServerDied("at last")
+
+    async def end_with_a_watcher_that_fails():
+        async with Supervisor(lambda note: None) as supervisor:
+            await asyncio.wait({supervisor.spawn(fail())})
+            # Nothing is awaited any more, so that the cancellation meets what comes after the block.
+
+    with pytest.raises(ServerDied, match="at last"):
+        await end_with_a_watcher_that_fails()
+    await asyncio.sleep(0)  # and is over
+
+
+async def test_a_watcher_that_fails_while_it_is_ended_is_heard(pauses):
+    async def fail_late():
+        try:
+            await asyncio.Event().wait()
+        finally:
+            raise ServerDied("late")
+
+    async def end_a_watcher_that_fails():
+        async with Supervisor(lambda note: None) as supervisor:
+            supervisor.spawn(fail_late())
+            await asyncio.sleep(0)
+
+    with pytest.raises(ServerDied, match="late"):
+        await end_a_watcher_that_fails()
+    await asyncio.sleep(0)
