@@ -1,11 +1,12 @@
 """What a training run makes of kill -9: of its engines, its executors and its driver, again and again.
 
 The quickstart, small and asynchronous (staleness 1, two engines), trains `--steps` steps while `--kills` processes of
-it are killed, at moments spread over the steps by `--seed`; a driver that was killed is started again with `--resume`.
-Then it is read off what the run left behind that it is whole: every step is there once, trained on as many groups as
-any other; no group was trained in two of them; and trainer and engines agreed on the log-probs of every step, so that
-no engine ever served other weights than it said. The same run without kills is timed first (`--undisturbed no` leaves
-that out). Processes are found in `<run>/processes.json`, never by name.
+it are killed, at moments spread over them by `--seed`; a driver that was killed is started again with `--resume`. A
+kill hits a server that serves or waits for its first weights; the driver also while it starts. Then it is read off what
+the run left behind that it is whole: every step is there once, trained on as many groups as any other; no group was
+trained in two of them; trainer and engines agreed on the log-probs of every step, so that no engine ever served other
+weights than it said; and nothing that a killed process had started outlived it. The same run without kills is timed
+first (`--undisturbed no` leaves that out). Processes are found in `<run>/processes.json`, never by name.
 
     python benchmarks/chaos.py [--kills 30] [--steps 240] [--kinds engine,executor,driver] [--json FILE] [a.b=c ...]
 """
@@ -29,6 +30,7 @@ from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
+import psutil
 from rich.console import Console
 from rich.table import Table
 
@@ -59,6 +61,12 @@ PATIENT_SHARE = 0.3
 PATIENCE_ENDS = 0.8
 """Share of the steps after which no kill waits any more: all must be done when the run ends."""
 KINDS = ("engine", "executor", "driver")
+LONGEST_START_SECONDS = 30.0
+"""So long after its start at most a driver is killed that has no server yet; ..."""
+EARLY_STEPS = 4
+"""... then the moment was meant to be at most so many steps later."""
+LONGEST_FAREWELL_SECONDS = 30.0
+"""What a killed process had started must be gone by then."""
 
 
 @dataclass(kw_only=True)
@@ -71,6 +79,8 @@ class Kill:
     recovery_seconds: float | None = None
     """Until its successor served; of the driver, until an engine of the new one did. None: the run ended first, or its
     driver was killed meanwhile."""
+    farewell_seconds: float | None = None
+    """Until all was gone that it had started. None: not all of it ended."""
 
 
 def main() -> int:
@@ -97,6 +107,7 @@ def main() -> int:
         figures["chaos_seconds"] = chaos.to_its_end(plan)
         figures["kills"] = [asdict(kill) for kill in chaos.kills]
         figures["findings"] = findings = examine(chaos.directory, options.steps)
+        findings["problems"] += chaos.left_behind()
     print_tables(chaos.kills, figures)
     if options.json:
         options.json.write_text(json.dumps(figures, indent=2) + "\n")
@@ -145,6 +156,8 @@ class Run:
         ]
         self._open: list[tuple[Kill, float, int]] = []
         """Kills whose successor does not serve yet: when they were, and the process id that they had."""
+        self._orphans: list[tuple[Kill, float, list[psutil.Process]]] = []
+        """Kills, when they were, and what they had started, where that has not ended yet."""
 
     def to_its_end(self, plan: Sequence[PlannedKill]) -> float:
         """Trains, kills what is planned, starts drivers again. Returns the seconds that it took."""
@@ -168,17 +181,29 @@ class Run:
 
     def _watch(self, driver: subprocess.Popen[bytes], waiting: list[PlannedKill]) -> None:
         """Returns when the driver has ended, of itself or because it was its turn."""
-        step_seen, step_began, step_seconds = -1, time.monotonic(), 1.0
+        driver_began = time.monotonic()
+        step_seen, step_began, step_seconds = -1, driver_began, 1.0
         while driver.poll() is None:
             time.sleep(POLL_SECONDS)
             servers = self._servers(driver.pid)
             self._note_recoveries(servers)
+            self._note_farewells()
             step = self._steps_done()
             if step != step_seen:
                 if step_seen >= 0:
                     step_seconds = time.monotonic() - step_began
                 step_seen, step_began = step, time.monotonic()
-            if not waiting or not servers:
+            if not waiting:
+                continue
+            if not servers:
+                # It starts; of the processes that it begins with, some do not know yet whom to follow into death.
+                seconds = time.monotonic() - driver_began
+                next_one = waiting[0]
+                hit = (
+                    next_one.kind == "driver" and not next_one.patient and next_one.step <= step + EARLY_STEPS
+                )
+                if hit and seconds > next_one.pick * LONGEST_START_SECONDS:
+                    self._kill(waiting.pop(0), driver, servers, step)
                 continue
             patient = waiting[0].patient and step < PATIENCE_ENDS * self._steps
             share_of_step = min((time.monotonic() - step_began) / step_seconds, 1.0)
@@ -195,15 +220,22 @@ class Run:
             self._open.clear()  # what was on its way to serve again is gone
         else:
             serving = sorted(name for name, row in servers.items() if row["state"] == "serves")
-            candidates = [name for name in serving if name.startswith(planned.kind)]
+            candidates = sorted(
+                name
+                for name, row in servers.items()
+                if name.startswith(planned.kind) and row["state"] != "starts"
+            )
             if not candidates or not any(name.startswith("engine") for name in serving):  # it still starts
                 return False
             name = candidates[int(planned.pick * len(candidates))]
             pid = servers[name]["pid"]
-        with contextlib.suppress(ProcessLookupError):
+        started: list[psutil.Process] = []
+        with contextlib.suppress(ProcessLookupError, psutil.NoSuchProcess):
+            started = psutil.Process(pid).children(recursive=True)
             os.kill(pid, signal.SIGKILL)
         self.kills.append(Kill(kind=planned.kind, name=name, at_step=step))
         self._open.append((self.kills[-1], time.monotonic(), pid))
+        self._orphans.append((self.kills[-1], time.monotonic(), started))
         if name == "driver":
             driver.wait()
         return True
@@ -218,6 +250,27 @@ class Run:
                 kill.recovery_seconds = time.monotonic() - since
                 self._open.remove(entry)
 
+    def _note_farewells(self) -> None:
+        for entry in list(self._orphans):
+            kill, since, started = entry
+            if not any(map(_runs, started)):
+                kill.farewell_seconds = time.monotonic() - since
+                self._orphans.remove(entry)
+
+    def left_behind(self) -> list[str]:
+        """Which processes outlived what had started them; they are ended."""
+        deadline = time.monotonic() + LONGEST_FAREWELL_SECONDS
+        while self._orphans and time.monotonic() < deadline:
+            time.sleep(POLL_SECONDS)
+            self._note_farewells()
+        problems = []
+        for kill, _, started in self._orphans:
+            left = [process for process in started if _runs(process)]
+            problems.append(f"of {kill.name}, killed at step {kill.at_step}, this is left: {left}")
+            for process in left:
+                process.kill()
+        return problems
+
     def _servers(self, driver_pid: int) -> dict[str, Any]:
         """The servers of this driver; none while it starts."""
         if not (self.directory / PROCESSES_FILE).exists():
@@ -230,6 +283,12 @@ class Run:
 
     def _steps_done(self) -> int:
         return max((row[names.STEP] for row in train_rows(self.directory)), default=0)
+
+
+def _runs(process: psutil.Process) -> bool:
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    return False
 
 
 def train_rows(directory: Path) -> Iterator[dict[str, Any]]:
@@ -280,13 +339,15 @@ def examine(directory: Path, steps: int) -> dict[str, Any]:
 
 
 def print_tables(kills: Sequence[Kill], figures: dict[str, Any]) -> None:
-    table = Table("killed", "times", "recovered", "median recovery", "mean", "longest", title="kill -9")
+    columns = ("killed", "times", "recovered", "median recovery", "mean", "longest", "all gone after at most")
+    table = Table(*columns, title="kill -9")
     for kind in KINDS:
         mine = [kill for kill in kills if kill.kind == kind]
         seconds = [kill.recovery_seconds for kill in mine if kill.recovery_seconds is not None]
         if mine:
             shown = [f"{f(seconds):.1f} s" for f in (median, fmean, max)] if seconds else ["-"] * 3
-            table.add_row(kind, str(len(mine)), str(len(seconds)), *shown)
+            farewells = [kill.farewell_seconds or 0.0 for kill in mine]
+            table.add_row(kind, str(len(mine)), str(len(seconds)), *shown, f"{max(farewells):.1f} s")
     console = Console()
     console.print(table)
     times = Table("figure", "value")
