@@ -240,7 +240,7 @@ class _Run:
         await asyncio.sleep(self._scenario.publish_seconds)
         for engine in self._engines:
             engine.version = version
-        await asyncio.gather(*(interruption.resume(client, strategy) for client in self._clients))
+        await asyncio.gather(*(client.resume() for client in self._clients))
 
     def _keeps(self, group: RolloutGroup) -> bool:
         seed = f"{self._scenario.workload.seed}/{group.group_id}"

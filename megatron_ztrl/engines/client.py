@@ -171,7 +171,7 @@ class EngineClient:
         await self._post("/end_weight_update", {})
 
     async def load_weights(self, payloads: Sequence[str], *, loader: str, version: int | None) -> None:
-        """Run the custom weight loader in every rank. Cached KV stays: see ``interruption.resume``.
+        """Run the custom weight loader in every rank. Cached KV stays: see ``interruption.pause``.
 
         Args:
             payloads: one for each tensor-parallel rank (see ``weight_receiver``).

@@ -12,8 +12,8 @@ that of the token's own version given the whole sequence.
 
 SGLang's own pause with mode ``abort`` is not used: it polls once a second, and its scheduler goes on, so that
 a request that slips in is running when the cache has to be flushed. Here the scheduler stands still in every
-strategy, and the flush is a request of its own, so that a refusal is an error here and not the death of the
-server.
+strategy, and the flush is a request of its own, made before any weight changes, so that a refusal is an error here
+and not the death of the server.
 """
 
 from __future__ import annotations
@@ -26,23 +26,17 @@ Strategy = Literal["retract", "abort", "in_place"]
 
 
 async def pause(engine: EngineClient, strategy: Strategy) -> None:
-    """Stop an engine between two tokens. Its weights may change when this returns.
+    """Stop an engine between two tokens and, unless ``in_place``, have it forget all cached KV.
+
+    Its weights may change when this returns; ``EngineClient.resume`` lets it go on under them. Nothing is cached
+    before that, so there is nothing left to forget after the change.
 
     Raises:
-        EngineError: the engine failed.
+        EngineError: the engine failed, or could not forget its KV and stays paused.
     """
     if strategy == "abort":
         await engine.abort_in_flight()
     # After an abort, requests that came in since are what is left to retract.
     await engine.pause("in_place" if strategy == "in_place" else "retract")
-
-
-async def resume(engine: EngineClient, strategy: Strategy) -> None:
-    """Let an engine go on, under the weights that it has now and, unless ``in_place``, with no cached KV.
-
-    Raises:
-        EngineError: the engine failed, or could not forget its KV and stays paused.
-    """
     if strategy != "in_place":  # SGLang flushes nothing while requests hold their KV
         await engine.flush_cache()
-    await engine.resume()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
 
 from megatron_ztrl.config.schema import Config
@@ -62,6 +62,8 @@ class RunEngines:
         """Of the last publish; None before the first."""
         self._actor_changed = False
         """Since the last publish."""
+        self._verification: asyncio.Task[None] | None = None
+        """Of the last publish."""
         self._outage = asyncio.Event()
         """Set while no engine serves."""
 
@@ -97,17 +99,42 @@ class RunEngines:
     async def publish(self, version: int) -> PublishReport:
         """Brings every engine to the actor's weights; waits for one where there is none.
 
+        Rollouts go on when this returns. Their log-probs are compared with the actor's meanwhile: `verified`.
+
         Raises:
-            PublishError: The actor failed, or an engine samples from other weights than it was sent.
+            PublishError: The actor failed, or its weights must not reach an engine.
         """
+        assert self._publisher is not None and self.supervisor is not None
+        await self.verified()
+        deliver = self._publisher.deliver
         async with self.publishing:
-            while (report := await self._publish_to(await self._some_that_answer(), version)) is None:
+            while (
+                report := await self._publish_to(await self._some_that_answer(), version, deliver)
+            ) is None:
                 pass  # those that it was lost on are dead, so this comes to an end
             self._version, self._actor_changed = version, False
+            self._verification = self.supervisor.spawn(self._verify(report))
             return report
 
+    async def verified(self) -> None:
+        """Returns when the engines are known to sample from the weights that the last publish sent them.
+
+        Await it before anything lasting is made of their tokens.
+
+        Raises:
+            PublishError: They do not. The supervisor ends the run with it in any case.
+        """
+        if self._verification is not None:
+            await asyncio.wait({self._verification})  # whoever stops waiting does not stop the comparison
+            self._verification.result()
+
     async def before_actor_changes(self) -> None:
-        """Call it before the actor's weights change: until the next publish they are nobody's."""
+        """Call it before the actor's weights change: until the next publish they are nobody's.
+
+        Raises:
+            PublishError: See `verified`.
+        """
+        await self.verified()
         async with self.publishing:
             self._actor_changed = True
 
@@ -126,6 +153,7 @@ class RunEngines:
 
     async def interrupt(self) -> None:
         """Ends all calls of rollouts, which get what has been sampled, and begins no more: before a run stops."""
+        await self.verified()
         serving = set(self.fleet.engines)
         await asyncio.gather(*(self._empty(client) for client in self.clients if client in serving))
 
@@ -154,6 +182,7 @@ class RunEngines:
         slot.watcher.cancel()
         await asyncio.wait({slot.watcher})
         async with self.publishing:
+            await self.verified()  # no publish can begin now, so none asks the engine that is emptied
             del self.slots[slot.index]
             if slot.client is not None:
                 await self._empty(slot.client)
@@ -180,7 +209,7 @@ class RunEngines:
                     for slot in newcomers:
                         slot.serve()
                 elif newcomers and self._version is not None and not self._actor_changed:
-                    await self._publish_to(newcomers, self._version)
+                    await self._publish_to(newcomers, self._version, self._publisher.publish)
 
     async def _some_that_answer(self) -> list[EngineSlot]:
         while not (slots := [slot for slot in self.slots.values() if slot.usable]):
@@ -188,30 +217,47 @@ class RunEngines:
             await self.arrival.wait()
         return slots
 
-    async def _publish_to(self, slots: Sequence[EngineSlot], version: int) -> PublishReport | None:
+    async def _publish_to(
+        self,
+        slots: Sequence[EngineSlot],
+        version: int,
+        publish: Callable[[int, Sequence[EngineClient]], Awaitable[PublishReport]],
+    ) -> PublishReport | None:
         """Publishes to these engines only; the others do not notice. Those that have the weights then serve.
 
         Returns:
             None when none has, because it was lost; the others are as they were.
         """
-        assert self._publisher is not None
-        targets = {slot.client: slot for slot in slots if slot.client is not None}
+        clients = [slot.client for slot in slots if slot.client is not None]
         self.publishes += 1
         try:
-            report = await self._publisher.publish(version, list(targets))
-            lost = {**report.lost, **report.untouched}
+            report = await publish(version, clients)
         except PublishError as error:
             if not error.lost:  # then it is not for want of engines
                 raise
-            report, lost = None, error.lost
-        for client, slot in targets.items():
-            if slot.client is not client:
-                continue  # it died, and is replaced already
-            if client.url in lost:
-                slot.condemn(f"{slot.name} did not take version {version}: {lost[client.url]}")
-            elif report is not None:
+            self._condemn(clients, error.lost, version)
+            return None
+        self._condemn(clients, {**report.lost, **report.untouched}, version)
+        for slot in slots:
+            if slot.client in report.updated:  # else it died, and is replaced already
                 slot.serve()
         return report
+
+    async def _verify(self, report: PublishReport) -> None:
+        assert self._publisher is not None
+        try:
+            lost = (await self._publisher.verify(report)).lost
+        except PublishError as error:
+            if not error.lost:
+                raise
+            lost = error.lost
+        self._condemn(report.updated, lost, report.version)
+
+    def _condemn(self, clients: Sequence[EngineClient], lost: Mapping[str, str], version: int) -> None:
+        """Has those of the engines replaced that a publish lost, unless they are already."""
+        for slot in self.slots.values():
+            if slot.client is not None and slot.client in clients and slot.client.url in lost:
+                slot.condemn(f"{slot.name} did not take version {version}: {lost[slot.client.url]}")
 
     def note_outage(self) -> None:
         """Some engine begins to serve, or serves no more."""

@@ -83,10 +83,10 @@ class System:
     """None without a KL term, and where the actor's ranks hold the first weights, too."""
 
     async def publish(self, version: int) -> PublishReport:
-        """Brings every engine to the actor's weights.
+        """Brings every engine to the actor's weights; see `RunEngines.publish`.
 
         Raises:
-            PublishError: The actor failed, or an engine samples from other weights than it was sent.
+            PublishError: The actor failed, or its weights must not reach an engine.
         """
         return await self.rollouts.engines.publish(version)
 
@@ -136,7 +136,12 @@ class System:
         }
 
     async def save_checkpoint(self, directory: Path) -> None:
-        """Begins to write ``actor/``, and ``critic/`` where there is one; training may go on meanwhile."""
+        """Begins to write ``actor/``, and ``critic/`` where there is one; training may go on meanwhile.
+
+        Not before `RunEngines.verified`: a run that resumes from it goes on with tokens that engines sampled from
+        these weights.
+        """
+        await self.rollouts.engines.verified()
         await asyncio.gather(
             *(world.save_checkpoint(directory / name) for name, world in self._trained().items())
         )

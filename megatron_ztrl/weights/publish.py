@@ -2,6 +2,9 @@
 
 ``WeightPublisher`` lives in the driver, which moves no weights: a transport does (``transports``). Whatever fails,
 every engine serves the new version or the old one, entirely, or is lost and never samples again.
+
+``deliver`` has compared every checksum when it returns, and requests go on. ``verify`` then compares log-probs, which
+needs no pause: it may run beside the next rollouts, as long as it ends before anything is made of what they sample.
 """
 
 from __future__ import annotations
@@ -10,7 +13,7 @@ import asyncio
 import json
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -53,9 +56,11 @@ class PublishReport:
     stream_seconds: float | None
     """The part of that between the moment when all ranks were ready and the last checksum; ``shards`` only."""
     total_seconds: float
-    """Checks before and after included."""
-    max_logprob_gap: float | None
-    """Nats, over the canary and all engines; None when it was not checked."""
+    """From the check for values that are not finite until all engines went on."""
+    updated: Sequence[EngineClient]
+    """They serve the new version."""
+    max_logprob_gap: float | None = None
+    """Nats, over the canary and all engines; None when it was not compared (``verify``)."""
     lost: Mapping[str, str] = field(default_factory=dict)
     """By URL, why an engine is dead or holds neither version. It is published to no more, and must not sample."""
     untouched: Mapping[str, str] = field(default_factory=dict)
@@ -110,6 +115,10 @@ class WeightPublisher:
         self._engines = list(engines)
 
     async def publish(self, version: int, engines: Sequence[EngineClient] | None = None) -> PublishReport:
+        """``deliver``, and then ``verify``."""
+        return await self.verify(await self.deliver(version, engines))
+
+    async def deliver(self, version: int, engines: Sequence[EngineClient] | None = None) -> PublishReport:
         """Bring engines to the trainer's weights; requests in flight go on under them.
 
         Args:
@@ -117,72 +126,94 @@ class WeightPublisher:
             engines: only these, such as one that was started while the others already serve ``version``.
 
         Raises:
-            PublishError: the trainer failed, no engine took the weights, or the canary differs. ``lost`` names
-                the engines that must not sample again; the others serve the new version or still the old.
+            PublishError: the trainer failed, or no engine took the weights. ``lost`` names the engines that must
+                not sample again; the others serve the new version or still the old.
         """
         fleet = _Fleet(self._engines if engines is None else engines)
         try:
-            return await self._publish(version, fleet)
+            return await self._deliver(version, fleet)
         finally:
-            self._engines = [engine for engine in self._engines if engine not in fleet.lost]
+            self._forget(fleet.lost)
 
-    async def _publish(self, version: int, fleet: _Fleet) -> PublishReport:
+    async def verify(self, report: PublishReport) -> PublishReport:
+        """Compare the canary's log-probs under the trainer and the engines, if that is due after this publish.
+
+        Args:
+            report: of ``deliver``. Trainer and engines still have these weights.
+
+        Returns:
+            The report, completed. An engine that fails here is lost, too.
+
+        Raises:
+            PublishError: an engine differs from the trainer, or all of them are lost.
+        """
+        interval = self._config.publish.verify_interval_steps
+        if interval == 0 or report.version % interval:
+            return report
+        fleet = _Fleet(report.updated)
+        served: dict[EngineClient, list[float]] = {}
+
+        async def ask(engine: EngineClient) -> None:
+            served[engine] = await engine.prompt_logprobs(self._canary)
+
+        trainer, _ = await asyncio.gather(self._actor.canary_logprobs(self._canary), fleet.each(ask))
+        self._forget(fleet.lost)
+        if not fleet.alive:
+            raise fleet.error(report.version, *fleet.lost.values())
+        max_gap = self._config.publish.max_logprob_gap or MAX_LOGPROB_GAP[self._config.model.dtype]
+        gaps = [
+            check_canary(
+                trainer, logprobs, self._canary, max_gap=max_gap, version=report.version, engine=engine.url
+            )
+            for engine, logprobs in served.items()
+        ]
+        return replace(
+            report, updated=fleet.alive, max_logprob_gap=max(gaps), lost={**report.lost, **fleet.lost_urls}
+        )
+
+    async def _deliver(self, version: int, fleet: _Fleet) -> PublishReport:
         started = time.perf_counter()
         invalid = next(filter(None, await self._actor.invalid_weights()), None)
         if invalid is not None:
-            raise PublishError(f"version {version} was not published: {invalid}")
+            raise fleet.error(version, invalid)
         pause_started = time.perf_counter()
-        strategy = self._config.publish.interruption
-        await fleet.each(lambda engine: interruption.pause(engine, strategy))
-        await fleet.each(lambda engine: engine.begin_weight_update())
+        await fleet.each(self._open)
         transfer_started = time.perf_counter()
         delivery = await self._transport.deliver(fleet.alive, version)
         fleet.lose(delivery.lost)
         await fleet.each(lambda engine: self._transport.commit(engine, version), delivery.complete)
         transfer_seconds = time.perf_counter() - transfer_started
-        await fleet.each(lambda engine: engine.end_weight_update())
-        await fleet.each(lambda engine: interruption.resume(engine, strategy))
-        pause_seconds = time.perf_counter() - pause_started
-        if delivery.trainer_error is not None:
-            raise PublishError(
-                f"version {version} was not published: {delivery.trainer_error}", fleet.lost_urls
-            )
+        await fleet.each(_close)
+        ended = time.perf_counter()
         updated = [engine for engine in delivery.complete if engine in fleet.alive]
-        gap = await self._verify(version, updated, fleet) if self._due(version) else None
-        if not any(engine in fleet.alive for engine in updated):
-            reasons = {**fleet.lost, **delivery.untouched}.values()
-            why = "; ".join(reasons) or "there is no engine"
-            raise PublishError(f"version {version} was not published: {why}", fleet.lost_urls)
+        if delivery.trainer_error is not None:
+            raise fleet.error(version, delivery.trainer_error)
+        if not updated:
+            raise fleet.error(version, *fleet.lost.values(), *delivery.untouched.values())
         return PublishReport(
             version=version,
-            pause_seconds=pause_seconds,
+            pause_seconds=ended - pause_started,
             transfer_seconds=transfer_seconds,
             stream_seconds=delivery.stream_seconds,
-            total_seconds=time.perf_counter() - started,
-            max_logprob_gap=gap,
+            total_seconds=ended - started,
+            updated=updated,
             lost=fleet.lost_urls,
             untouched={engine.url: reason for engine, reason in delivery.untouched.items()},
             sent_bytes=delivery.sent_bytes,
             received_bytes=delivery.received_bytes,
         )
 
-    def _due(self, version: int) -> bool:
-        interval = self._config.publish.verify_interval_steps
-        return interval > 0 and version % interval == 0
+    async def _open(self, engine: EngineClient) -> None:
+        await interruption.pause(engine, self._config.publish.interruption)
+        await engine.begin_weight_update()
 
-    async def _verify(self, version: int, engines: Sequence[EngineClient], fleet: _Fleet) -> float | None:
-        served: dict[EngineClient, list[float]] = {}
+    def _forget(self, lost: Mapping[EngineClient, str]) -> None:
+        self._engines = [engine for engine in self._engines if engine not in lost]
 
-        async def ask(engine: EngineClient) -> None:
-            served[engine] = await engine.prompt_logprobs(self._canary)
 
-        trainer, _ = await asyncio.gather(self._actor.canary_logprobs(self._canary), fleet.each(ask, engines))
-        max_gap = self._config.publish.max_logprob_gap or MAX_LOGPROB_GAP[self._config.model.dtype]
-        gaps = [
-            check_canary(trainer, logprobs, self._canary, max_gap=max_gap, version=version, engine=engine.url)
-            for engine, logprobs in served.items()
-        ]
-        return max(gaps, default=None)
+async def _close(engine: EngineClient) -> None:
+    await engine.end_weight_update()
+    await engine.resume()
 
 
 class _Fleet:
@@ -195,6 +226,11 @@ class _Fleet:
     @property
     def lost_urls(self) -> dict[str, str]:
         return {engine.url: reason for engine, reason in self.lost.items()}
+
+    def error(self, version: int, *reasons: str) -> PublishError:
+        """What to raise when none serves the version."""
+        why = "; ".join(reasons) or "there is no engine"
+        return PublishError(f"version {version} was not published: {why}", self.lost_urls)
 
     def lose(self, reasons: Mapping[EngineClient, str]) -> None:
         self.lost |= reasons

@@ -3,6 +3,7 @@
 import asyncio
 from dataclasses import replace
 
+import psutil
 import pytest
 import torch
 from tensor_parallel_world import TensorParallelWorld
@@ -99,12 +100,15 @@ async def test_a_stop_string_spelled_in_more_tokens_than_usual_still_ends_the_ca
     assert completion.matched_stop == "```"
 
 
-async def test_weights_that_differ_from_the_trainers_are_an_error(publisher, world):
+async def test_weights_that_differ_from_the_trainers_are_an_error(publisher, world, client):
     sent, claimed = random_qwen2(40), random_qwen2(41)
     await world.hold(sent)
     world.model = claimed
+    report = await publisher.deliver(40)
+    assert report.max_logprob_gap is None
+    await client.generate([1], max_new_tokens=1, temperature=1.0, request_id="rollouts-go-on")
     with pytest.raises(PublishError, match=r"version 40: .* nats at canary position \d+ \(token \d+"):
-        await publisher.publish(40)
+        await publisher.verify(report)
 
 
 @pytest.mark.parametrize("transport", ["broadcast", "disk"])
@@ -139,6 +143,24 @@ async def test_a_weight_that_is_not_a_number_reaches_no_engine(publisher, world,
     completion = await client.generate(PROMPT, max_new_tokens=40, temperature=1.0, request_id="as-before")
     expected = logprobs_under(before, PROMPT, completion.token_ids)
     assert completion.logprobs == pytest.approx(expected, abs=1e-4)
+
+
+async def test_a_paused_engine_leaves_the_processor_to_the_trainer(server, client):
+    processes = psutil.Process(server.pid).children(recursive=True)
+
+    def processor_seconds():
+        return sum(sum(process.cpu_times()[:2]) for process in processes)
+
+    await client.pause("retract")
+    before = processor_seconds()
+    await asyncio.sleep(1)
+    spent = processor_seconds() - before
+    waiting = asyncio.create_task(client.prompt_logprobs(PROMPT))
+    done, _ = await asyncio.wait({waiting}, timeout=0.5)
+    assert not done
+    await client.resume()
+    assert len(await waiting) == len(PROMPT) - 1
+    assert spent < 0.3
 
 
 async def test_an_engine_that_does_not_answer_is_named(config, world):

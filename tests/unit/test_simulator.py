@@ -181,7 +181,7 @@ def test_a_publish_interrupts_between_two_tokens_and_computes_the_prefix_anew(
         await interruption.pause(client, strategy)
         await asyncio.sleep(0.2)
         server.version = 1
-        await interruption.resume(client, strategy)
+        await client.resume()
 
     async def main() -> None:
         server = engine(server_policy)
