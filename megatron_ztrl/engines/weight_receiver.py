@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import base64
 import json
+import logging
 import pickle
 import time
 from collections.abc import Callable, Sequence
@@ -21,7 +22,7 @@ from typing import Any
 
 import torch
 
-from megatron_ztrl.engines.weight_group import Channel, Member, Refused, WeightGroup
+from megatron_ztrl.engines.weight_group import Channel, Member, WeightGroup
 from megatron_ztrl.engines.weight_stream import Bucket, InFlight, Link, Piece, Staging, schedule
 
 _member: Member | None = None
@@ -127,8 +128,8 @@ def _join(spec: dict[str, Any]) -> None:
     _buckets = schedule(links, getattr(torch, group.dtype), group.bucket_bytes)
     try:
         _member = Member(group, spec["rank"])
-    except Refused:
-        return
+    except RuntimeError as error:  # without a group, and a report, this rank keeps what it has
+        logging.getLogger(__name__).warning("%s", error)
 
 
 def _check(member: Member, publish: int, parameters: dict[str, torch.nn.Parameter]) -> None:

@@ -19,7 +19,7 @@ import torch.distributed as dist
 
 from megatron_ztrl.engines.weight_group import WeightGroup
 
-ALONE_BYTES = 256 << 10
+ALONE_BYTES = 64 << 10
 """A block of at least this size is a message of its own."""
 _CHECKSUM_BYTES = 8
 _WORDS = {8: torch.int64, 4: torch.int32, 2: torch.int16}
@@ -98,8 +98,8 @@ class Block:
 class Bucket:
     """Blocks that are sent together.
 
-    A large block of whole rows is a message of its own, which needs no copy where it lies in one piece; the others
-    are packed into one message, with the checksums of all.
+    A large block is a message of its own, which needs no copy at an end where it lies in one piece; the others are
+    packed into one message, with the checksums of all.
     """
 
     link: Link
@@ -163,7 +163,7 @@ def _cut(link: Link, itemsize: int, bucket_bytes: int) -> Iterator[Bucket]:
 
 def _close(link: Link, number: int, tag: int, blocks: Sequence[Block], itemsize: int) -> Bucket:
     """Give every block its place: those that travel alone, then the others, then the checksums."""
-    large = [b.piece.dim == 0 and b.num_bytes(itemsize) >= ALONE_BYTES for b in blocks]
+    large = [block.num_bytes(itemsize) >= ALONE_BYTES for block in blocks]
     at = 0
     placed: dict[bool, list[Block]] = {True: [], False: []}
     packed_at = 0

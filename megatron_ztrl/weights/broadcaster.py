@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Literal, Protocol, cast
@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_ztrl.weights.reshard import Transfer
+from megatron_ztrl.weights.sender import TrainerEnd
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -43,20 +44,11 @@ class _Collective(Protocol):
     def broadcast(self, tensors: list[torch.Tensor], options: dist.BroadcastOptions, /) -> dist.Work: ...
 
 
-class WeightBroadcaster:
-    """One trainer rank's end. The ranks gather over their own default process group."""
+class WeightBroadcaster(TrainerEnd):
+    """One trainer rank's end of ``BroadcastTransport``. The ranks gather over their own default process group."""
 
-    def __init__(self, parameter: Callable[[str], torch.Tensor], rank: int) -> None:
-        """Wrap a rank's parameters.
-
-        Args:
-            parameter: returns the local parameter of a ``TensorSlice.param``.
-            rank: global rank of this process in the trainer.
-        """
-        self._parameter = parameter
-        self._rank = rank
-        self._group: BroadcastGroup | None = None
-        self._channel: _Collective | None = None
+    _group: BroadcastGroup | None = None
+    _channel: _Collective | None = None
 
     def join(self, group: BroadcastGroup) -> None:
         """Meet the engines; returns when all have come. Only rank 0 does.

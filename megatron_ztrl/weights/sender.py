@@ -21,8 +21,8 @@ class SendReport:
     """Why it did not send everything: a peer failed, or somebody refused to begin."""
 
 
-class WeightSender:
-    """One trainer rank's end."""
+class TrainerEnd:
+    """One trainer rank's end of a transport."""
 
     def __init__(self, parameter: Callable[[str], torch.Tensor], rank: int) -> None:
         """Wrap a rank's parameters.
@@ -33,8 +33,13 @@ class WeightSender:
         """
         self._parameter = parameter
         self._rank = rank
-        self._member: Member | None = None
-        self._buckets: list[Bucket] = []
+
+
+class WeightSender(TrainerEnd):
+    """One trainer rank's end of ``ShardTransport``."""
+
+    _member: Member | None = None
+    _buckets: Sequence[Bucket] = ()
 
     def join(self, group: WeightGroup, links: Sequence[Link]) -> None:
         """Enter the group and remember what this rank sends; an earlier group is left.

@@ -106,7 +106,7 @@ def test_a_value_that_changes_on_the_way_is_seen_in_its_block():
     assert receiver.write(0, bucket).tolist() == [False, True]
 
 
-def test_large_blocks_of_whole_rows_go_from_parameter_to_parameter_without_a_copy():
+def test_large_blocks_go_from_parameter_to_parameter_without_a_copy_where_they_lie_in_one_piece():
     rows = ALONE_BYTES // 4096  # of 1,024 float32
     ours = {"large": torch.randn(rows + 2, 1024), "columns": torch.randn(rows, 2048), "small": torch.randn(8)}
     theirs = {"large": torch.zeros(rows, 1024), "columns": torch.zeros(rows, 1024), "small": torch.zeros(8)}
@@ -117,10 +117,15 @@ def test_large_blocks_of_whole_rows_go_from_parameter_to_parameter_without_a_cop
     (into,) = schedule([link(0, 0, *into_pieces)], torch.float32, 1 << 20)
     sender = Staging(GROUP, [out], CPU, ours.__getitem__)
     receiver = Staging(GROUP, [into], CPU, theirs.__getitem__)
-    alone, packed = sender.fill(0, out)
-    assert alone.data_ptr() == ours["large"][2:].data_ptr()
-    assert receiver.receive(0, into)[0].data_ptr() == theirs["large"].data_ptr()
-    assert packed.numel() == ALONE_BYTES + 32 + 3 * 8
+    large, columns, packed = sender.fill(0, out)
+    assert large.data_ptr() == ours["large"][2:].data_ptr()
+    assert torch.equal(columns, ours["columns"][:, 512:1536])
+    targets = receiver.receive(0, into)
+    assert [target.data_ptr() for target in targets[:2]] == [
+        theirs["large"].data_ptr(),
+        theirs["columns"].data_ptr(),
+    ]
+    assert packed.numel() == 32 + 3 * 8
     assert not carry(sender, receiver, 0, out, into).any()
     assert torch.equal(theirs["large"], ours["large"][2:])
     assert torch.equal(theirs["columns"], ours["columns"][:, 512:1536])

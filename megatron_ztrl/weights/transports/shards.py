@@ -7,6 +7,7 @@ import json
 from collections.abc import Coroutine, Mapping, Sequence
 from typing import Any, Protocol
 
+import torch
 import torch.distributed as dist
 
 from megatron_ztrl.config.schema import Config
@@ -14,7 +15,7 @@ from megatron_ztrl.engines.client import EngineClient, EngineError
 from megatron_ztrl.engines.server import WEIGHT_LOADER
 from megatron_ztrl.engines.weight_group import JOINED, WeightGroup, close_gate
 from megatron_ztrl.engines.weight_receiver import commit_message, receive_message
-from megatron_ztrl.engines.weight_stream import Link
+from megatron_ztrl.engines.weight_stream import Link, Piece, schedule
 from megatron_ztrl.types import TensorSlice
 from megatron_ztrl.weights.reshard import PublishPlan, plan
 from megatron_ztrl.weights.sender import SendReport
@@ -49,6 +50,9 @@ class ShardTransport:
         engine_ranks: per tensor-parallel rank of an engine, what it needs.
         shapes: of the Hugging Face tensors.
         network: between them; the driver keeps the meeting point.
+
+    Raises:
+        ValueError: ``publish.bucket_bytes`` is too small for this model.
     """
 
     def __init__(
@@ -67,6 +71,9 @@ class ShardTransport:
         self._store: dist.TCPStore | None = None
         self._generation = 0
         self._joined: _Joined | None = None
+        for slices in engine_ranks:  # as both ends will, who could not say so as clearly
+            link = Link(0, 0, None, tuple(_piece(item, shapes[item.tensor]) for item in slices))
+            schedule([link], getattr(torch, config.model.dtype), config.publish.bucket_bytes)
 
     async def close(self) -> None:
         """Give up the meeting point; the group's members stay connected to each other."""
@@ -274,10 +281,16 @@ class _Attempt:
             return
         reasons = [report["error"] for report in reports if "error" in report]
         self.reasons[engine] = (
-            "; ".join(reasons) or f"{engine.url} is in no weight group: it was started after it"
+            "; ".join(reasons)
+            or f"{engine.url} is in no weight group: it could not join it, or was started after it"
         )
         if not any(report.get("begun") for report in reports):
             self.untouched.add(engine)
+
+
+def _piece(item: TensorSlice, shape: tuple[int, ...]) -> Piece:
+    block = (*shape[: item.dim], item.length, *shape[item.dim + 1 :])
+    return Piece(item.tensor, item.param, item.dim, item.start, block)
 
 
 def _problem(task: asyncio.Task[Any]) -> str | None:
