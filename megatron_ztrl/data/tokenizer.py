@@ -15,22 +15,23 @@ class PolicyTokenizer:
     """
 
     def __init__(self, directory: Path) -> None:
-        self._tokenizer = _load(directory)
-        # What transformers' own decode comes down to, without its check of every single token, which takes thrice
-        # as long as the decoding.
-        self._decode = self._tokenizer.backend_tokenizer.decode
+        # What transformers' own methods come down to, without what they add to every call: a thread pool for one text,
+        # and a check of every single token, which takes thrice as long as the decoding.
+        self._backend = _load(directory).backend_tokenizer
+        self._backend.no_truncation()
+        self._backend.no_padding()
 
     def encode(self, text: str, *, add_special_tokens: bool = False) -> list[int]:
         """Token ids of a text."""
-        return self._tokenizer.encode(text, add_special_tokens=add_special_tokens)
+        return self._backend.encode(text, add_special_tokens=add_special_tokens).ids
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """The text of tokens, special ones left out."""
-        return self._decode(token_ids, skip_special_tokens=True)
+        return self._backend.decode(token_ids, skip_special_tokens=True)
 
     def decode_all(self, token_ids: Sequence[int]) -> str:
         """The text of tokens, special ones included: for people to read."""
-        return self._decode(token_ids, skip_special_tokens=False)
+        return self._backend.decode(token_ids, skip_special_tokens=False)
 
 
 def _load(directory: Path) -> Any:

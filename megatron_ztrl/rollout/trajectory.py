@@ -240,14 +240,15 @@ class _Run:
         if keep_characters is None:
             return False
         keep_text = self.turn_text[:keep_characters]
-        # The fewest tokens that spell it: more than `low`, at most `high`. The engine stops soon after a stop, so the
-        # search begins at the end, in steps that grow.
-        low, high, step = 0, len(turn_ids), 1
+        # The fewest tokens that spell it: more than `low`, at most `high`. The engine stops at most a token after most
+        # stops, so the search begins at the end, in steps that grow (1, 1, 2, 3, 5): each decodes the turn again.
+        low, high, step, next_step = 0, len(turn_ids), 1, 1
         while high - low > 1:
             middle = max((low + high) // 2, high - step)
             text = self.tokenizer.decode(turn_ids[:middle])
             if text.startswith(keep_text):
-                self.turn_text, high, step = text, middle, 2 * step
+                self.turn_text, high = text, middle
+                step, next_step = next_step, step + next_step
             else:
                 low = middle
         cut_tokens(self.rollout, turn_start + high)

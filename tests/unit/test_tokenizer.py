@@ -13,6 +13,8 @@ def test_a_qwen2_checkpoint_keeps_the_pre_tokenizer_of_its_own_file(tmp_path):
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[("Q", ":"), ("1", "1")]))
     tokenizer.decoder = decoders.Fuse()
     tokenizer.add_special_tokens(["<|eos|>"])
+    tokenizer.enable_truncation(3)  # what a file may ask for, and nobody wants here
+    tokenizer.enable_padding(length=5)
     tokenizer.save(str(tmp_path / "tokenizer.json"))
     (tmp_path / "tokenizer_config.json").write_text(
         json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"})
@@ -20,6 +22,7 @@ def test_a_qwen2_checkpoint_keeps_the_pre_tokenizer_of_its_own_file(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen2"}))
     policy = PolicyTokenizer(tmp_path)
     assert policy.encode("Q:11") == [2, 4]  # Qwen2's own rules would split both
+    assert policy.encode("Q:11111") == [2, 4, 4, 3]
     assert policy.decode([2, 5]) == "Q:"
     assert policy.decode_all([2, 5]) == "Q:<|eos|>"
 

@@ -66,7 +66,15 @@ def last(token_ids, **kwargs):
     return completion(token_ids, matched=EOS, **kwargs)
 
 
-async def rollout_of(completions, *, output="é4", status=ExecutionStatus.OK, max_response_tokens=200, n=2):
+async def rollout_of(
+    completions,
+    *,
+    output="é4",
+    status=ExecutionStatus.OK,
+    max_response_tokens=200,
+    n=2,
+    tokenizer=None,
+):
     async def execute(code):
         return ExecutionResult(status=status, stdout=output, stderr="", run_seconds=0.0, queue_seconds=0.0)
 
@@ -75,7 +83,7 @@ async def rollout_of(completions, *, output="é4", status=ExecutionStatus.OK, ma
         "0.0",
         Prompt(prompt_id="p", problem="2+2", text="Q:", ground_truth="4", data_source="test"),
         engine=engine,
-        tokenizer=ByteTokenizer(),
+        tokenizer=tokenizer or ByteTokenizer(),
         environment=PythonTool(execute, len, env_iterations=n, template_stop=(), config=ToolConfig()),
         sampling=Sampling(temperature=1.0, top_p=1.0, max_response_tokens=max_response_tokens),
     )
@@ -216,3 +224,24 @@ async def test_a_tool_that_replies_without_an_execution_gets_a_masked_reply_and_
     ]
     assert rollout.executed_calls == 0
     assert rollout.stop_reason is StopReason.STOP
+
+
+@pytest.mark.parametrize("spare", [0, 1, 2, 3, 4, 7, 20, 50])
+async def test_the_cut_is_exact_however_many_tokens_follow_and_cheap_where_it_is_near_the_end(spare):
+    decoded = []
+
+    class CountingTokenizer(ByteTokenizer):
+        def decode(self, token_ids):
+            decoded.append(len(token_ids))
+            return super().decode(token_ids)
+
+    block = [257, *b"\nprint(1)\n```"]
+    rollout, _ = await rollout_of(
+        [completion([*block, *b"x" * spare]), last("y")], output="1", tokenizer=CountingTokenizer()
+    )
+    assert rollout.token_ids[: rollout.turns[0].tool_start] == block
+    if (
+        spare <= 1
+    ):  # of the turn's tokens: all of them, then one less each time, down to the first that is too short
+        whole = len(block) + spare
+        assert decoded[1 : spare + 3] == list(range(whole, len(block) - 2, -1))
