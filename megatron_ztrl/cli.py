@@ -78,6 +78,9 @@ def _evaluate(options: argparse.Namespace) -> int:
 
 
 def _plan(options: argparse.Namespace) -> int:
+    for option, path in (("--png", options.png), ("--json", options.json)):
+        if path is not None and not path.absolute().parent.is_dir():
+            raise ValueError(f"{option}: there is no directory {path.absolute().parent}")
     from megatron_ztrl.config.load import check_config
     from megatron_ztrl.config.native import check_native
 

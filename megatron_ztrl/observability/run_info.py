@@ -34,9 +34,12 @@ def write_run_info(config: Config) -> None:
     """Writes ``config.yaml`` and ``environment.json`` into the run directory."""
     directory = Path(config.run.directory)
     directory.mkdir(parents=True, exist_ok=True)
-    save_config(config, directory / names.CONFIG_FILE)
     text = json.dumps(environment(), indent=2, ensure_ascii=False)
-    (directory / names.ENVIRONMENT_FILE).write_text(text + "\n", "utf-8")
+    temporary = directory / "run_info.tmp"  # so that a run that is killed leaves no half of a file
+    save_config(config, temporary)
+    os.replace(temporary, directory / names.CONFIG_FILE)
+    temporary.write_text(text + "\n", "utf-8")
+    os.replace(temporary, directory / names.ENVIRONMENT_FILE)
 
 
 def environment() -> dict[str, Any]:

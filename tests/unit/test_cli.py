@@ -171,6 +171,8 @@ def test_a_server_that_does_not_start_is_told_in_its_own_words(
 
 def test_what_cannot_be_read_or_written_is_one_line(config: Path, tmp_path: Path) -> None:
     assert refusal("train", tmp_path) == f"{tmp_path}: no such configuration file"
+    message = refusal("plan", config, "--png", tmp_path / "none" / "plan.png")
+    assert message == f"--png: there is no directory {tmp_path}/none"
     (tmp_path / "file").write_text("")
     message = refusal("eval", config, f"run.directory={tmp_path}/file/run")
     assert message == f"run.directory: Not a directory: {tmp_path}/file/run; choose another"

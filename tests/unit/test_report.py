@@ -220,3 +220,20 @@ def test_a_directory_without_a_run_is_refused(tmp_path: Path, content: str | Non
         (tmp_path / "metrics.jsonl").write_text(content)
     with pytest.raises(ValueError, match=str(tmp_path)):
         write_report([tmp_path])
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("config.yaml", "run: {dir", r"config.yaml: damaged: .*expected"),
+        ("environment.json", '{"a": ', r"environment.json: damaged: Expecting value"),
+        ("metrics.jsonl", '{"loss": 1}\n', r"metrics.jsonl: not the metrics of a run"),
+        ("metrics.jsonl", "[1]\n", r"metrics.jsonl: not the metrics of a run"),
+    ],
+)
+def test_a_file_that_is_no_runs_is_named(tmp_path: Path, file: str, content: str, message: str) -> None:
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(train_row(1, accuracy=0.5)) + "\n")
+    (tmp_path / file).write_text(content)
+    with pytest.raises(ValueError, match=message) as caught:
+        load_run(tmp_path)
+    assert len(str(caught.value).splitlines()) == 1

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+import yaml
 from omegaconf import OmegaConf
 
 from megatron_ztrl.observability import names
@@ -101,12 +102,14 @@ def load_run(directory: str | Path) -> Run:
     if not (directory / names.METRICS_FILE).exists():
         raise ValueError(f"{directory}: not a run directory (it has no {names.METRICS_FILE})")
     rows = list(read_rows(directory / names.METRICS_FILE))
+    if not all(isinstance(row, dict) and {names.STEP, names.SPLIT} <= row.keys() for row in rows):
+        raise ValueError(f"{directory / names.METRICS_FILE}: not the metrics of a run")
     if not rows:
         raise ValueError(f"{directory}: the run has not finished a step yet")
     # A step that was repeated after a resume is taken as it was done last.
     train = {row[names.STEP]: row for row in rows if row[names.SPLIT] == names.TRAIN}
-    config_text = _read(directory / names.CONFIG_FILE)
-    config = OmegaConf.to_container(OmegaConf.create(config_text)) if config_text else {}
+    config_text, config = _read(directory / names.CONFIG_FILE, OmegaConf.create)
+    config = OmegaConf.to_container(config)
     assert isinstance(config, dict)
     return Run(
         directory=directory,
@@ -115,7 +118,7 @@ def load_run(directory: str | Path) -> Run:
         rollouts=list(read_rows(directory / names.ROLLOUTS_FILE)),
         config={str(key): value for key, value in config.items()},
         config_text=config_text,
-        environment=json.loads(_read(directory / names.ENVIRONMENT_FILE) or "{}"),
+        environment=_read(directory / names.ENVIRONMENT_FILE, json.loads)[1],
     )
 
 
@@ -125,5 +128,12 @@ def _evaluations(rows: list[dict[str, Any]]) -> Iterator[tuple[tuple[int, int], 
             yield (row[names.STEP], row[names.ENV_ITERATIONS]), row
 
 
-def _read(path: Path) -> str:
-    return path.read_text("utf-8") if path.exists() else ""
+def _read(path: Path, parse: Callable[[str], Any]) -> tuple[str, Any]:
+    """Text and content of a file; both are empty where there is none."""
+    if not path.exists():
+        return "", parse("{}")
+    text = path.read_text("utf-8")
+    try:
+        return text, parse(text)
+    except (yaml.YAMLError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path}: damaged: {' '.join(str(error).split())}") from error
