@@ -173,13 +173,13 @@ class HostedServer:
         return self._started
 
     async def wait(self) -> str:
-        """Waits until the server has ended, of itself or otherwise. Returns how."""
-        from ray.exceptions import RayActorError
+        """Waits until the server has ended, of itself or otherwise, or its host. Returns how."""
+        from ray.exceptions import RayError
 
         try:
             return await self._host.wait.remote()
-        except RayActorError as error:
-            return f"its host on the cluster died: {error}"
+        except RayError as error:
+            return str(_died(error))
 
     async def stop(self) -> None:
         """Stops the server, then its host, whether that answers or not."""
@@ -188,9 +188,8 @@ class HostedServer:
 
         try:
             if self._placed:  # else there is nobody to answer
-                with contextlib.suppress(
-                    RayActorError, TimeoutError
-                ):  # died already, and took the server along
+                # One that died has taken the server along; one that hangs does so now.
+                with contextlib.suppress(RayActorError, TimeoutError):
                     async with asyncio.timeout(STOP_SECONDS):
                         await self._host.stop.remote()
         finally:
