@@ -5,6 +5,9 @@ VENV := .venv/bin
 TEST_FOLDERS = $(wildcard tests/unit tests/distributed tests/integration tests/e2e)
 SOURCES := megatron_ztrl sandbox tools examples tests benchmarks setup.py
 ARGS ?=
+# Processes that run tests; what they share, and what runs alone, is in tests/conftest.py.
+TEST_PROCESSES ?= 2
+SIDE_BY_SIDE = -n $(TEST_PROCESSES) --dist loadgroup --no-loadscope-reorder
 
 # Many processes share few cores here; one intra-op thread each is fastest. The user's own value wins.
 export OMP_NUM_THREADS ?= 1
@@ -24,7 +27,7 @@ quickstart: env  ## train a tiny model end to end on this machine; options in AR
 test test-unit test-all: export HF_HUB_OFFLINE = 1
 
 test: env  ## unit, distributed, integration and end-to-end tests, except those marked slow
-	@$(VENV)/python -m pytest $(TEST_FOLDERS) -m "not slow and not gpu" $(ARGS)
+	@$(VENV)/python -m pytest $(TEST_FOLDERS) $(SIDE_BY_SIDE) -m "not slow and not gpu" $(ARGS)
 
 test-unit: env  ## unit tests only
 	@$(VENV)/python -m pytest tests/unit -m "not slow" $(ARGS)

@@ -68,6 +68,7 @@ setup(
             "pytest>=9",
             "pytest-asyncio>=1.5",
             "pytest-timeout>=2.4",
+            "pytest-xdist>=3.8",
             "ruff>=0.17",
             "import-linter>=2.16",
             "mypy>=2.4",
