@@ -102,7 +102,18 @@ def _cuda() -> list[Finding]:
     if importlib.util.find_spec("torch") is None:
         torch = _package("torch", cost="nothing runs", fix="pip install torch==2.13.0", blocks=True)
         return [gpu, torch, Finding(name="CUDA", state=State.MISSING, found="no torch")]
-    import torch as torch_module
+    try:
+        import torch as torch_module
+    except (ImportError, OSError) as error:  # the latter where a library of CUDA is missing
+        broken = Finding(
+            name="torch",
+            state=State.MISSING,
+            found=f"does not import: {' '.join(str(error).split())}",
+            cost="nothing runs",
+            fix="pip install --force-reinstall torch==2.13.0",
+            blocks=True,
+        )
+        return [gpu, broken, Finding(name="CUDA", state=State.MISSING, found="no torch")]
 
     torch = Finding(name="torch", state=State.OK, found=torch_module.__version__)
     if torch_module.cuda.is_available():

@@ -5,6 +5,10 @@ from __future__ import annotations
 import importlib.metadata
 import io
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 from rich.console import Console
@@ -29,6 +33,20 @@ def test_whatever_is_not_in_order_says_what_it_costs() -> None:
             assert finding.cost, finding.name
 
 
+def test_a_torch_that_does_not_import_is_found(tmp_path: Path) -> None:
+    (tmp_path / "torch").mkdir()
+    (tmp_path / "torch" / "__init__.py").write_text("raise OSError('libcudart.so.13: cannot open')")
+    done = subprocess.run(
+        [sys.executable, "-m", "megatron_ztrl.cli", "doctor", "--json"],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), *filter(None, sys.path)])},
+    )
+    assert (done.returncode, done.stderr) == (cli.FAILED, "")
+    (torch,) = (finding for finding in json.loads(done.stdout) if finding["name"] == "torch")
+    assert (torch["found"], torch["blocks"]) == ("does not import: libcudart.so.13: cannot open", True)
+
+
 def test_a_missing_package_that_nothing_runs_without_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     def version(name: str) -> str:
         raise importlib.metadata.PackageNotFoundError(name)
@@ -46,7 +64,7 @@ def test_the_exit_code_and_the_verdict_tell_whether_training_can_start(
         name="ray", state=State.MISSING, found="not installed", cost="c", fix="f", blocks=blocks
     )
     monkeypatch.setattr(doctor, "examine", lambda: [finding])
-    assert cli.main(["doctor"]) == (cli.SOMETHING_MISSING if blocks else 0)
+    assert cli.main(["doctor"]) == (cli.FAILED if blocks else 0)
     out = capsys.readouterr().out
     assert ("cannot train: ray missing" if blocks else "ready to train") in out
     assert "→ f" in out
