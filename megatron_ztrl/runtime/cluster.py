@@ -6,6 +6,7 @@ import contextlib
 import logging
 import os
 import shutil
+import signal
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -31,6 +32,7 @@ def ray_cluster() -> Iterator[None]:
     os.environ.setdefault("RAY_worker_niceness", "0")
     import ray
 
+    on_sigterm = signal.getsignal(signal.SIGTERM)
     with contextlib.ExitStack() as stack:
         if "RAY_ADDRESS" in os.environ:
             ray.init(log_to_driver=False, logging_level=logging.ERROR)
@@ -50,6 +52,8 @@ def ray_cluster() -> Iterator[None]:
                 _temp_dir=stack.enter_context(directory),
             )
         stack.callback(ray.shutdown)
+        # Ray has put two handlers in its place: one prints a stack and aborts after three seconds, one exits at once.
+        signal.signal(signal.SIGTERM, on_sigterm)
         yield
 
 
