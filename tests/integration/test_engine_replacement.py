@@ -262,3 +262,36 @@ async def test_a_publish_waits_for_an_engine_when_all_have_died(run):
     await run.train(version, seed=version)
     await run.until(lambda: all(run.serves(name, other_than_pid=pid) for name, pid in pids.items()))
     assert check(run, await asyncio.gather(*tasks), [version]) == {version}
+
+
+@pytest.mark.slow
+async def test_an_engine_that_hangs_during_a_publish_is_replaced_and_the_publish_ends_without_it(run):
+    version = max(run.policies) + 1
+    before = run.processes()["engine 1"]
+    tasks = run.start_rollouts()
+    started = run.executed
+    await run.until(lambda: run.executed >= started + IN_FLIGHT // 2)
+    process = psutil.Process(before["pid"])
+    for each in [process, *process.children(recursive=True)]:
+        each.suspend()
+    async with asyncio.timeout(120):  # its clients would wait for an hour
+        await run.train(version, seed=version)
+    assert run.serves("engine 0")
+    check(run, await asyncio.gather(*tasks), [version - 1, version])
+    await run.until(lambda: run.serves("engine 1", other_than_pid=before["pid"]))
+
+
+@pytest.mark.slow
+async def test_a_replacement_that_dies_before_it_has_its_weights_is_replaced_too(run):
+    version = max(run.policies)
+    before = run.processes()["engine 0"]
+    await run.engines.before_actor_changes()  # so that nobody brings it any
+    os.kill(before["pid"], signal.SIGKILL)
+    await run.until(lambda: run.processes()["engine 0"]["state"] == "waits for weights")
+    replacement = run.processes()["engine 0"]
+    os.kill(replacement["pid"], signal.SIGKILL)
+    await run.until(lambda: run.processes()["engine 0"]["state"] == "starts")
+    await run.train(version + 1, seed=version + 1)
+    await run.until(lambda: run.serves("engine 0", other_than_pid=replacement["pid"]))
+    assert run.processes()["engine 0"]["restarts"] >= 2
+    check(run, await asyncio.gather(*run.start_rollouts()), [version + 1])
