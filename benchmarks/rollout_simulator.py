@@ -6,11 +6,12 @@ SGLang servers, Python programs, the trainer, the transfer of weights. Nothing i
 design rolls out the same responses.
 
 How long things take comes from `ztrl plan`'s stated numbers of an H100 and Qwen2.5-32B in bfloat16: 32 engines of
-TP 4 with 64 running requests each, and a trainer of TP 8 x PP 4 x DP 3, which is about as fast as they are: the
-hardest case for whatever is to keep both busy (`--trainer-replicas`). A decode step reads the weights once, and the
-keys and values of every sequence; prefill stops the batch for as long as its FLOPs take; a publish pauses all engines
-for its transfer, and what they had cached is computed anew. Other numbers in flight keep 64 to an engine, and a
-trainer in proportion. `simulator_fit.py` compares the simulated engine with the real one.
+TP 4 that run 64 requests each (and have 80 rollouts while some wait for a tool), and a trainer of TP 8 x PP 4 x DP 3,
+which is about as fast as they are: the hardest case for whatever is to keep both busy (`--trainer-replicas`). A decode
+step reads the weights once, and the keys and values of every sequence; prefill stops the batch for as long as its
+FLOPs take; a publish pauses all engines for its transfer, and what they had cached is computed anew. Other numbers in
+flight keep 64 to an engine, and a trainer in proportion. `simulator_fit.py` compares the simulated engine with the real
+one.
 
 The driver's share of a core is what the process spends outside of the simulation, its journal included. HTTP is
 measured beside it, on loopback with the real client; the verifier's processes are not in it.
@@ -68,6 +69,7 @@ from megatron_ztrl.rollout.group import GroupRunner
 from megatron_ztrl.rollout.journal import Journal
 from megatron_ztrl.rollout.scheduler import RolloutScheduler, TakenGroups
 from megatron_ztrl.rollout.trajectory import Sampling, Tokenizer
+from megatron_ztrl.runtime.garbage import collect_garbage_rarely
 from megatron_ztrl.types import Prompt, RolloutGroup
 
 BARRIER, SHARED = "barrier", "barrier, shared GPUs"
@@ -322,6 +324,7 @@ def main() -> int:
         seed=options.seed,
         refused_share=options.refused_share,
     )
+    collect_garbage_rarely()  # as in a run
     tokenizer = PolicyTokenizer(TOKENIZER)
     figures: dict[str, Figures] = {}
     for design in _designs(options.designs, options.staleness):

@@ -21,6 +21,7 @@ from megatron_ztrl.rollout.fleet import EngineFleet
 from megatron_ztrl.rollout.journal import Journal, identity
 from megatron_ztrl.rollout.statistics import rollout_statistics
 from megatron_ztrl.rollout.trajectory import Engine, Sampling
+from megatron_ztrl.runtime.garbage import collect_garbage_rarely
 from megatron_ztrl.runtime.system import RolloutSystem, launch_rollouts
 from megatron_ztrl.types import Prompt, Rollout
 from megatron_ztrl.weights.hf_checkpoint import HFCheckpointReader
@@ -137,6 +138,7 @@ def run_evaluation(config: Config) -> dict[int, dict[str, float]]:
     Raises:
         ValueError: Something the user gave is missing or wrong.
     """
+    collect_garbage_rarely()
     return asyncio.run(_run(config))
 
 

@@ -20,6 +20,7 @@ from megatron_ztrl.observability.names import FINISHED_FILE
 from megatron_ztrl.observability.progress import Progress
 from megatron_ztrl.observability.run_info import write_run_info
 from megatron_ztrl.runtime.checkpoints import CheckpointStore, read_state, verify
+from megatron_ztrl.runtime.garbage import collect_garbage_rarely
 from megatron_ztrl.runtime.interrupt import StopRequest, unless_stopped
 from megatron_ztrl.runtime.system import launch
 from megatron_ztrl.session import TrainingSession
@@ -77,6 +78,7 @@ def run_training(config: Config, *, resume: bool) -> None:
         ValueError: Something the user gave is missing or wrong.
         KeyboardInterrupt: The run was interrupted; its state is saved.
     """
+    collect_garbage_rarely()
     if not asyncio.run(_run(config, resume=resume)):
         raise KeyboardInterrupt
 
