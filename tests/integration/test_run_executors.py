@@ -8,11 +8,13 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 
+import psutil
 import pytest
 from engine_configs import engine_config
 from sandbox_server import executor_with
 
 from megatron_ztrl.config.schema import Config, SandboxConfig, ToolConfig
+from megatron_ztrl.runtime import executors as executors_module
 from megatron_ztrl.runtime.cluster import cluster_nodes, ray_cluster
 from megatron_ztrl.runtime.executors import RunExecutors, run_snippets
 from megatron_ztrl.runtime.processes import ProcessTable, read_processes
@@ -99,6 +101,40 @@ def test_an_executor_that_is_killed_is_started_again_where_it_was_and_every_snip
     with ray_cluster():
         asyncio.run(scenario())
     assert sum("ended with code -9: executor 0 starts again" in note for note in notes) == 2
+
+
+def test_an_executor_that_hangs_is_replaced_and_so_is_one_whose_host_died_where_it_was(tmp_path, monkeypatch):
+    def hang(executor: psutil.Process) -> None:
+        executor.suspend()
+
+    def lose_its_host(executor: psutil.Process) -> None:
+        executor.parent().kill()
+
+    async def scenario() -> None:
+        async with (
+            executors_of(configured(tmp_path), cluster_nodes(), tmp_path) as (executors, pool),
+            Supervisor(notes.append) as supervisor,
+        ):
+            executors.supervise(supervisor)
+            for fail in (hang, lose_its_host):
+                before = read_processes(tmp_path)["servers"]["executor 0"]
+                fail(psutil.Process(before["pid"]))
+                async with asyncio.timeout(120):
+                    while read_processes(tmp_path)["servers"]["executor 0"]["pid"] == before["pid"]:  # noqa: ASYNC110
+                        await asyncio.sleep(0.05)
+                after = read_processes(tmp_path)["servers"]["executor 0"]
+                assert (after["url"], after["state"]) == (before["url"], "serves")
+                result = await run_snippets(pool, run_timeout_seconds=10.0)("print(7)")
+                assert (result.status, result.stdout) == (ExecutionStatus.OK, "7\n")
+
+    monkeypatch.setattr(executors_module, "PROBE_INTERVAL_SECONDS", 0.2)
+    monkeypatch.setattr(executors_module, "HANGS_SECONDS", 6.0)
+    notes: list[str] = []
+    with ray_cluster():
+        asyncio.run(scenario())
+    reasons = [note.partition(": executor 0 starts again")[0] for note in notes if "starts again" in note]
+    assert reasons[0] == "executor 0 was not ready for 6 s"
+    assert reasons[1].startswith("its host on the cluster died")
 
 
 def test_executors_that_the_configuration_names_are_used_with_their_token(tmp_path):
