@@ -63,7 +63,7 @@ class ShardRank:
         )
         sender = WeightSender(self._parameters.__getitem__, rank)
         broadcaster = WeightBroadcaster(self._parameters.__getitem__, rank)
-        self.join, self.send = sender.join, sender.send
+        self.prepare, self.join, self.send = sender.prepare, sender.join, sender.send
         self.join_broadcast, self.broadcast = broadcaster.join, broadcaster.send
 
     def hold(self, checkpoint: Path) -> None:
@@ -74,6 +74,7 @@ class ShardRank:
         return self.slices
 
     def invalid(self) -> str | None:
+        self.prepare()
         return find_invalid(self.slices, self._parameters.__getitem__, self._rank)
 
     def export(self, directory: Path) -> None:

@@ -84,6 +84,8 @@ class SendingTrainer:
         return await asyncio.gather(*(asyncio.to_thread(s.send, publish) for s in self._senders))
 
     async def invalid_weights(self) -> list[str | None]:
+        for sender in self._senders:
+            sender.prepare()
         ranks = enumerate(zip(self._slices, self._held, strict=True))
         return [find_invalid(slices, held.__getitem__, rank) for rank, (slices, held) in ranks]
 

@@ -196,6 +196,13 @@ def checksum(block: torch.Tensor) -> torch.Tensor:
     return block.view(_WORDS[8 if wide else block.itemsize]).sum(dtype=torch.int64)
 
 
+def checksums(bucket: Bucket, parameter: Callable[[str], torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
+    """Checksums of a bucket's blocks, [blocks], as they are in the parameters and converted to what travels."""
+    return torch.stack(
+        [checksum(block.of(parameter(block.piece.param)).to(dtype)) for block in bucket.blocks]
+    )
+
+
 class Staging:
     """A rank's two buffers: on the GPU for NCCL, in host memory (pinned, if there is a GPU) for gloo."""
 
@@ -229,8 +236,17 @@ class Staging:
             for _ in range(2)
         ]
 
-    def fill(self, index: int, bucket: Bucket) -> list[torch.Tensor]:
-        """Gather the ``index``-th bucket, converted to what travels. Returns its messages."""
+    def fill(self, index: int, bucket: Bucket, sums: torch.Tensor | None = None) -> list[torch.Tensor]:
+        """Gather a bucket, converted to what travels.
+
+        Args:
+            index: of the bucket among all of this rank.
+            bucket: the bucket.
+            sums: its ``checksums``, if they have been taken; otherwise they are now.
+
+        Returns:
+            Its messages.
+        """
         buffer = self._buffers[index % 2]
         values = []
         for block in bucket.blocks:
@@ -239,7 +255,8 @@ class Staging:
                 value = block.staged(buffer, self._dtype).copy_(value)
             values.append(value)
         if self._checksums:
-            _sums(buffer, bucket).copy_(torch.stack([checksum(value) for value in values]))
+            taken = torch.stack([checksum(value) for value in values]) if sums is None else sums
+            _sums(buffer, bucket).copy_(taken)
         return [*values[: len(bucket.alone)], buffer[bucket.packed_at : bucket.num_bytes]]
 
     def receive(self, index: int, bucket: Bucket) -> list[torch.Tensor]:

@@ -79,10 +79,11 @@ class RankProcess:
         return self._sender.send(publish)
 
     def invalid_weights(self) -> str | None:
-        """Which weight of this rank must not reach an engine, if any."""
+        """Which weight of this rank must not reach an engine, if any; also takes the checksums of all."""
         from megatron_ztrl.weights.verify import find_invalid
 
         return find_invalid(self._rank.parameter_slices(), self._rank.parameter, self._index)
+        self._sender.prepare()
 
     def join_broadcast_group(self, group: BroadcastGroup) -> None:
         """Rank 0 meets the engines."""

@@ -36,7 +36,7 @@ class ActorWorld(SendingWorld, BroadcastingWorld, ExportingWorld, Protocol):
     """What publishing needs of the trainer; every call reaches all ranks. One transport needs one of the three."""
 
     async def invalid_weights(self) -> list[str | None]:
-        """Run ``find_invalid`` in each rank."""
+        """Run ``find_invalid`` and, for ``shards``, ``WeightSender.prepare`` in each rank, while engines sample."""
         ...
 
     async def canary_logprobs(self, token_ids: Sequence[int]) -> list[float]:

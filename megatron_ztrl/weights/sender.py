@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from megatron_ztrl.engines.weight_group import Channel, Member, Refused, WeightGroup
-from megatron_ztrl.engines.weight_stream import Bucket, InFlight, Link, Staging, schedule
+from megatron_ztrl.engines.weight_stream import Bucket, InFlight, Link, Staging, checksums, schedule
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -40,6 +40,8 @@ class WeightSender(TrainerEnd):
 
     _member: Member | None = None
     _buckets: Sequence[Bucket] = ()
+    _sums: Sequence[torch.Tensor | None] = ()
+    """Checksums by bucket, where they have been taken."""
 
     def join(self, group: WeightGroup, links: Sequence[Link]) -> None:
         """Enter the group and remember what this rank sends; an earlier group is left.
@@ -50,10 +52,21 @@ class WeightSender(TrainerEnd):
         """
         self._member = None
         self._buckets = schedule(links, getattr(torch, group.dtype), group.bucket_bytes)
+        self._sums = [None] * len(self._buckets)
         for piece in (piece for link in links for piece in link.pieces):
             piece.of(self._parameter(piece.param))
         with contextlib.suppress(Refused):  # ``send`` will say that there is no group
             self._member = Member(group, self._rank)
+
+    @torch.no_grad()
+    def prepare(self) -> None:
+        """Take the checksums of what ``send`` sends next, so that no engine waits for that.
+
+        It may be left out, and the weights must not change in between. Does nothing outside a group.
+        """
+        if self._member is not None and self._member.group.checksums:
+            dtype = getattr(torch, self._member.group.dtype)
+            self._sums = [checksums(bucket, self._parameter, dtype) for bucket in self._buckets]
 
     @torch.no_grad()
     def send(self, publish: int) -> SendReport:
@@ -63,25 +76,26 @@ class WeightSender(TrainerEnd):
             publish: number of this publish within the group.
         """
         member = self._member
+        sums, self._sums = self._sums, [None] * len(self._buckets)
         if member is None:
             return SendReport(sent_bytes=0, broken=f"trainer rank {self._rank} is in no weight group")
         try:
             member.gate(member.group.gate(publish))
             with member.transfer(publish) as channel:
-                return SendReport(sent_bytes=self._send(channel, member.group))
+                return SendReport(sent_bytes=self._send(channel, member.group, sums))
         except RuntimeError as error:  # Refused among them
             self._member = None
             return SendReport(sent_bytes=0, broken=f"trainer rank {self._rank}: {error}")
 
-    def _send(self, channel: Channel, group: WeightGroup) -> int:
+    def _send(self, channel: Channel, group: WeightGroup, sums: Sequence[torch.Tensor | None]) -> int:
         if not self._buckets:
             return 0
         staging = Staging(group, self._buckets, self._device(), self._parameter)
         in_flight: list[InFlight] = []
-        for index, bucket in enumerate(self._buckets):
+        for index, (bucket, taken) in enumerate(zip(self._buckets, sums, strict=True)):
             if len(in_flight) == 2:
                 in_flight.pop(0).wait()
-            messages = staging.fill(index, bucket)
+            messages = staging.fill(index, bucket, taken)
             in_flight.append(InFlight(channel.send, group, bucket.link.peer, bucket, messages))
         for transfer in in_flight:
             transfer.wait()

@@ -84,8 +84,8 @@ def flip_a_bit(bucket_number):
     """Let one bucket be damaged between the sender's checksum and the network; once."""
     fill = Staging.fill
 
-    def fill_and_flip(self, index, bucket):
-        messages = fill(self, index, bucket)
+    def fill_and_flip(self, index, bucket, sums):
+        messages = fill(self, index, bucket, sums)
         if bucket.number == bucket_number:
             messages[0] = messages[0].clone()  # it may be the parameter itself
             messages[0].view(torch.uint8).flatten()[100] ^= 1
@@ -118,6 +118,7 @@ def run_sender(rank, pipe):
     commands = {
         "hold": parameters.update,
         "join": sender.join,
+        "prepare": sender.prepare,
         "send": sender.send,
         "flip a bit": flip_a_bit,
         "reset peak": reset_peak,

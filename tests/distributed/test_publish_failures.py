@@ -113,6 +113,24 @@ async def test_a_bit_that_flips_on_the_way_is_named_and_costs_every_engine_that_
         await transport.commit(damaged, 1)
 
 
+async def test_checksums_taken_before_the_engines_pause_are_of_what_is_sent(world):
+    trainer, engines, transport = world(replicas=1, count=1)
+    await trainer.hold(tensors(1))
+    await transport.deliver(engines, 1)
+    weights = tensors(2)
+    await trainer.hold(weights)
+    await asyncio.gather(*(rank.call("prepare") for rank in trainer.ranks))
+    assert (await transport.deliver(engines, 2)).complete == engines
+    assert await engines[0].holds(weights)
+    # A weight that changes after its checksum was taken is noticed as if it had changed on the way.
+    await asyncio.gather(*(rank.call("prepare") for rank in trainer.ranks))
+    weights["w3"][7, 700] += 1  # columns: the second rank's half
+    await trainer.hold(weights)
+    delivery = await transport.deliver(engines, 3)
+    assert list(delivery.lost) == engines
+    assert "w3 rows 0..506 of the part in part.w3, from rank 1, have another" in delivery.lost[engines[0]]
+
+
 async def test_a_parameter_that_an_engine_lacks_is_named_and_nobody_is_touched(world):
     trainer, engines, transport = world(replicas=1, count=2)
     await trainer.hold(tensors(1))

@@ -78,6 +78,7 @@ def run_rank(rank, pipe):
                 result = stop_before(*arguments)
             pipe.send((True, result))
         except RuntimeError as error:
+                sender.prepare()
             pipe.send((False, str(error)))
 
 
