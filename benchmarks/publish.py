@@ -6,11 +6,13 @@ Megatron rank's shards and run its end of the publish (`_publish_ranks.py`). For
 taken:
 
 * bytes that each engine rank received, against what it holds;
-* seconds of the stream, from the moment when all ranks are ready to the last checksum, against plain sends of the same
-  bytes over the same links between as many connected processes (gloo, one message per link, all at once);
-* seconds of the transfer, HTTP calls and commit included, against the broadcast and disk transports;
+* seconds of the whole transfer, HTTP calls, checksums and commit included, against plain sends of the same bytes over
+  the same links between as many connected processes (gloo, one message per link, all at once), and against the
+  broadcast and disk transports;
+* of these, seconds of the stream, from the moment when all ranks are ready to the last checksum;
 * what the checksums cost;
-* the most memory that a rank had beyond what it had before, in buckets: VmHWM of every process.
+* the most memory that a rank had beyond what it had before a publish, in buckets: VmHWM of every process, in the first
+  publish, with all that it loads and connects, and in the later ones.
 
 The weights alternate between two checkpoints, and every publish compares a canary's log-probs with transformers'.
 With --plan-32b instead: Qwen2.5-32B, TP 8 x PP 4 x DP 2 into eight engines of TP 4: seconds of planning, bytes per
@@ -159,11 +161,11 @@ class Case:
             clients = [EngineClient(server.url, request_timeout_seconds=600) for server in servers]
             for client in clients:
                 stack.push_async_callback(client.close)
-            bare = await bare_seconds(world, await self._links(world), self._options.repeats)
             pids = [process.pid for process in world.ranks] + [
                 pid for server in servers for pid in schedulers(server)
             ]
             shards, peaks = await self._publishes(world, clients, pids)
+            bare = await bare_seconds(world, await self._links(world), self._options.repeats)
             unchecked, _ = await self._publishes(world, clients, checksums=False)
             broadcast, _ = await self._publishes(world, clients, transport="broadcast")
             disk, _ = await self._publishes(world, clients, transport="disk")
@@ -194,21 +196,22 @@ class Case:
 
     async def _publishes(
         self, world: ShardWorld, clients: Sequence[EngineClient], pids: Sequence[int] = (), **publish: Any
-    ) -> tuple[list[PublishReport], list[int]]:
-        """Publish again and again; the first time, in which everybody meets, does not count.
+    ) -> tuple[list[PublishReport], list[list[int]]]:
+        """Publish again and again.
 
         Returns:
-            The reports, and the peak of each process in the last publish, in bytes.
+            The reports, except that of the first time, when everybody meets; and the peak of each process in bytes,
+            for every publish.
         """
         config = replace(self._config, publish=replace(self._config.publish, **publish))
         publisher = WeightPublisher(config, world, clients)
-        reports = []
-        for last in [False] * self._options.repeats + [True]:
+        reports, used = [], []
+        for _ in range(1 + self._options.repeats):
             self._version += 1
             await world.hold(self._checkpoints[self._version % 2])
-            peaks = [Peak(pid) for pid in pids] if last else []
+            peaks = [Peak(pid) for pid in pids]
             reports.append(await publisher.publish(self._version))
-            used = [peak.num_bytes() for peak in peaks]
+            used.append([peak.num_bytes() for peak in peaks])
         await publisher.close()
         return reports[1:], used
 
@@ -216,7 +219,7 @@ class Case:
         self,
         bare: list[float],
         shards: list[PublishReport],
-        peaks: list[int],
+        peaks: list[list[int]],
         unchecked: list[PublishReport],
         broadcast: list[PublishReport],
         disk: list[PublishReport],
@@ -235,6 +238,7 @@ class Case:
                 }.items()
             },
         }
+        bucket_bytes = self._config.publish.bucket_bytes
         exact = all(received == expected for report in shards for received in report.received_bytes.values())
         row: dict[str, Any] = {
             "received_bytes": shards[-1].received_bytes,
@@ -251,17 +255,18 @@ class Case:
                 "disk": [report.transfer_seconds for report in disk],
             },
             "pause_seconds": statistics.median(report.pause_seconds for report in shards),
-            "of_bare": seconds["bare"] / statistics.median(r.stream_seconds or 0.0 for r in shards),
+            "of_bare": seconds["bare"] / seconds["shards"],
             "times_broadcast": seconds["broadcast"] / seconds["shards"],
             "times_disk": seconds["disk"] / seconds["shards"],
             "checksums_cost": seconds["shards"] / seconds["without_checksums"] - 1,
-            "peak_buckets": [peak / self._config.publish.bucket_bytes for peak in peaks],
+            "first_peak_buckets": [peak / bucket_bytes for peak in peaks[0]],
+            "later_peak_buckets": [max(peak) / bucket_bytes for peak in zip(*peaks[1:], strict=True)],
             "largest_logprob_gap": max(r.max_logprob_gap or 0 for r in shards + broadcast + disk),
         }
         row["met"] = (
             exact
             and all(row[name] >= target for name, target in TARGETS.items())
-            and max(row["peak_buckets"]) <= MOST_BUCKETS
+            and max(row["first_peak_buckets"] + row["later_peak_buckets"]) <= MOST_BUCKETS
         )
         return row
 
@@ -285,15 +290,18 @@ def print_table(figures: dict[str, Any]) -> None:
             table.add_row(f"{kind.replace('_', ' ')}, median seconds", f"{seconds:.3f}", "")
         table.add_row("of which the stream", f"{row['stream_seconds']:.3f}", "")
         table.add_row(
-            "bandwidth of the stream, of bare sends", f"{row['of_bare']:.2f}", f">= {TARGETS['of_bare']}"
+            "bandwidth of the whole transfer, of bare sends",
+            f"{row['of_bare']:.2f}",
+            f">= {TARGETS['of_bare']}",
         )
         table.add_row(
             "faster than broadcast", f"{row['times_broadcast']:.1f} x", f">= {TARGETS['times_broadcast']}"
         )
         table.add_row("faster than disk", f"{row['times_disk']:.1f} x", f">= {TARGETS['times_disk']}")
         table.add_row("checksums cost", f"{row['checksums_cost']:.1%}", "")
-        peaks = ", ".join(f"{peak:.2f}" for peak in row["peak_buckets"])
-        table.add_row("peak memory of each rank, buckets", peaks, "<= 2")
+        for when in ("first", "later"):
+            peaks = ", ".join(f"{peak:.2f}" for peak in row[f"{when}_peak_buckets"])
+            table.add_row(f"peak memory of each rank, {when} publish, buckets", peaks, "<= 2")
         table.add_row("largest log-prob gap, nats", f"{row['largest_logprob_gap']:.1e}", "")
         Console().print(table)
 
