@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import asyncio
 import dataclasses
 import errno
 import os
@@ -41,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parse(sys.argv[1:] if arguments is None else arguments)
     try:
         return options.command(options)
-    except (KeyboardInterrupt, asyncio.CancelledError):  # the latter while a run starts or ends
+    except KeyboardInterrupt:
         return INTERRUPTED
     except Exception as error:
         if os.environ.get("ZTRL_TRACEBACK") == "1" or not _is_for_the_user(error):
@@ -58,11 +57,16 @@ def _train(options: argparse.Namespace) -> int:
     from megatron_ztrl.runtime.scaling import forget_requests
 
     with sole_driver(Path(config.run.directory)):
+        from asyncio import CancelledError
+
         from megatron_ztrl.loop import run_training
 
         if not options.resume:
             forget_requests(Path(config.run.directory))
-        run_training(config, resume=options.resume)
+        try:
+            run_training(config, resume=options.resume)
+        except CancelledError:  # interrupted while it started or ended
+            raise KeyboardInterrupt from None
     return 0
 
 
