@@ -24,6 +24,7 @@ from megatron_ztrl.trainer.integrity import FileRecord
 from megatron_ztrl.trainer.topology import parallel_layout
 from megatron_ztrl.types import TensorSlice
 from megatron_ztrl.weights.broadcaster import BroadcastGroup, TensorBucket
+from megatron_ztrl.weights.hf_mapping import ParallelLayout
 from megatron_ztrl.weights.sender import SendReport
 
 Role = Literal["actor", "critic", "reference"]
@@ -108,9 +109,14 @@ class MegatronWorld:
         world = config.critic if role == "critic" else config.actor
         self._config = config
         self._role = role
-        self._world_size = parallel_layout(world).world_size
-        remote = ray.remote(num_cpus=0, num_gpus=1 if cluster_gpus() else 0)(RankProcess)
-        self._ranks = [remote.remote() for _ in range(self._world_size)]
+        layout = parallel_layout(world)
+        self._world_size = layout.world_size
+        self._gpus = _reserve_gpus(layout) if cluster_gpus() else None
+        remote = ray.remote(num_cpus=0)(RankProcess)
+        self._ranks = [
+            remote.options(**_place(self._gpus, rank // layout.tensor_size)).remote()
+            for rank in range(self._world_size)
+        ]
         self._output_rank_of_dp: list[int] = []
 
     async def build(self) -> None:
@@ -220,3 +226,27 @@ class MegatronWorld:
 
         for rank in self._ranks:
             ray.kill(rank)
+        if self._gpus is not None:
+            ray.util.remove_placement_group(self._gpus)
+
+
+def _reserve_gpus(layout: ParallelLayout) -> Any:
+    """A GPU for every rank; those of a tensor-parallel group are on one node.
+
+    They exchange hidden states twice in every layer, which wants NVLink. Without this Ray would fill each node by half
+    first: a group would be torn apart, and no node left whole for an engine that needs all its GPUs.
+    """
+    from ray.util import placement_group
+
+    groups = layout.world_size // layout.tensor_size
+    return placement_group([{"GPU": layout.tensor_size}] * groups, strategy="PACK")
+
+
+def _place(gpus: Any | None, group: int) -> dict[str, Any]:
+    """Options of a rank's process."""
+    from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+    if gpus is None:
+        return {}
+    strategy = PlacementGroupSchedulingStrategy(gpus, placement_group_bundle_index=group)
+    return {"num_gpus": 1, "scheduling_strategy": strategy}
