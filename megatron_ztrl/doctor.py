@@ -146,7 +146,7 @@ def _packages(*, with_gpu: bool) -> Iterator[Finding]:
     if with_gpu:
         yield _package(
             "transformer-engine",
-            cost="Megatron's local layers are used: slower, and no FP8",
+            cost="bfloat16 needs model.backend: local, which is slower and has no FP8",
             fix='pip install "transformer-engine[core_cu13,pytorch]"',
         )
         yield _package("apex", cost="the optimizer is Transformer Engine's or torch's: no loss worth noting")
