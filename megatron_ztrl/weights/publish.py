@@ -36,7 +36,7 @@ class ActorWorld(SendingWorld, BroadcastingWorld, ExportingWorld, Protocol):
     """What publishing needs of the trainer; every call reaches all ranks. One transport needs one of the three."""
 
     async def invalid_weights(self) -> list[str | None]:
-        """Run ``find_invalid`` and, for ``shards``, ``WeightSender.prepare`` in each rank, while engines sample."""
+        """Run ``find_invalid`` and, for ``shards``, ``WeightSender.prepare`` in each rank, while the engines stop."""
         ...
 
     async def canary_logprobs(self, token_ids: Sequence[int]) -> list[float]:
@@ -55,8 +55,6 @@ class PublishReport:
     """The part of it in which weights moved and were committed."""
     stream_seconds: float | None
     """The part of that between the moment when all ranks were ready and the last checksum; ``shards`` only."""
-    total_seconds: float
-    """From the check for values that are not finite until all engines went on."""
     updated: Sequence[EngineClient]
     """They serve the new version."""
     max_logprob_gap: float | None = None
@@ -173,11 +171,12 @@ class WeightPublisher:
 
     async def _deliver(self, version: int, fleet: _Fleet) -> PublishReport:
         started = time.perf_counter()
-        invalid = next(filter(None, await self._actor.invalid_weights()), None)
-        if invalid is not None:
-            raise fleet.error(version, invalid)
-        pause_started = time.perf_counter()
+        checking = asyncio.ensure_future(self._actor.invalid_weights())  # the engines stop meanwhile
         await fleet.each(self._open)
+        invalid = next(filter(None, await checking), None)
+        if invalid is not None:
+            await fleet.each(_close)
+            raise fleet.error(version, invalid)
         transfer_started = time.perf_counter()
         delivery = await self._transport.deliver(fleet.alive, version)
         fleet.lose(delivery.lost)
@@ -192,10 +191,9 @@ class WeightPublisher:
             raise fleet.error(version, *fleet.lost.values(), *delivery.untouched.values())
         return PublishReport(
             version=version,
-            pause_seconds=ended - pause_started,
+            pause_seconds=ended - started,
             transfer_seconds=transfer_seconds,
             stream_seconds=delivery.stream_seconds,
-            total_seconds=ended - started,
             updated=updated,
             lost=fleet.lost_urls,
             untouched={engine.url: reason for engine, reason in delivery.untouched.items()},

@@ -60,7 +60,7 @@ class WeightSender(TrainerEnd):
 
     @torch.no_grad()
     def prepare(self) -> None:
-        """Take the checksums of what ``send`` sends next, so that no engine waits for that.
+        """Take the checksums of what ``send`` sends next, while the engines stop.
 
         It may be left out, and the weights must not change in between. Does nothing outside a group.
         """

@@ -53,7 +53,6 @@ class Publisher:
             pause_seconds=0.0,
             transfer_seconds=0.0,
             stream_seconds=None,
-            total_seconds=0.0,
             updated=engines,
         )
 
