@@ -60,6 +60,8 @@ POLL_SECONDS = 0.05
 PATIENT_SHARE = 0.3
 PATIENCE_ENDS = 0.8
 """Share of the steps after which no kill waits any more: all must be done when the run ends."""
+PATIENCE_STEPS = 8
+"""Nor does any wait for longer: on a busy machine all steps could be done before an engine is back."""
 KINDS = ("engine", "executor", "driver")
 LONGEST_START_SECONDS = 30.0
 """So long after its start at most a driver is killed that has no server yet; ..."""
@@ -205,7 +207,8 @@ class Run:
                 if hit and seconds > next_one.pick * LONGEST_START_SECONDS:
                     self._kill(waiting.pop(0), driver, servers, step)
                 continue
-            patient = waiting[0].patient and step < PATIENCE_ENDS * self._steps
+            patience_ends = min(waiting[0].step + PATIENCE_STEPS, PATIENCE_ENDS * self._steps)
+            patient = waiting[0].patient and step < patience_ends
             share_of_step = min((time.monotonic() - step_began) / step_seconds, 1.0)
             due = step + share_of_step >= waiting[0].step + waiting[0].share_of_step
             if due and not (patient and self._open) and self._kill(waiting[0], driver, servers, step):
