@@ -201,7 +201,7 @@ class WorldConfig(Section):
     trained."""
     learning_rate: float = 1e-6
     warmup_steps: int = 0
-    """Linear warm-up, in training steps."""
+    """Linear warm-up, in training steps. The actor's begins after ``algorithm.critic_warmup_steps``."""
     weight_decay: float = 0.0
     adam_beta1: float = 0.9
     adam_beta2: float = 0.95
