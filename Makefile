@@ -47,7 +47,7 @@ format: env  ## rewrite the sources as ruff wants them
 type: env  ## mypy on the two packages
 	@$(VENV)/mypy
 
-bench: env  ## every program in benchmarks/, one after the other
+bench: env  ## every program in benchmarks/, one after the other: hours; trl_comparison wants an environment of its own
 	@for program in $(wildcard benchmarks/[a-z]*.py); do \
 		echo "== $$program"; $(VENV)/python $$program $(ARGS) || exit 1; \
 	done

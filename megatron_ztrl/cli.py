@@ -27,7 +27,7 @@ _EXAMPLES = """\
 examples:
   ztrl train config.yaml
   ztrl train config.yaml rollout.env_iterations=4 actor.learning_rate=1e-6 --resume
-  ztrl eval config.yaml model.path=runs/demo/policy
+  ztrl eval config.yaml run.directory=runs/demo-eval model.path=runs/demo/policy
   ztrl plan config.yaml --model qwen2.5-32b --gpus 64 --png plan.png
   ztrl report runs/demo --control runs/demo-no-tool
   ztrl engines runs/demo --count 3
