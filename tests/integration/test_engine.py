@@ -140,7 +140,8 @@ def test_a_stopped_server_leaves_no_process(config, tmp_path, model):
     assert not server.alive
 
 
-def test_a_server_that_is_killed_while_it_starts_leaves_no_process(config, tmp_path, model):
+def test_a_server_that_is_killed_while_it_starts_leaves_no_process(config, tmp_path, model, monkeypatch):
+    monkeypatch.setenv("SGLANG_PLUGINS", "megatron_ztrl_cpu_attention")  # not forking, as where there is CUDA
     server = EngineServer(config, log_path=tmp_path / "engine.log")
     server.start()
     launcher = psutil.Process(server.pid)
@@ -170,6 +171,19 @@ def test_what_a_tethered_process_has_started_dies_with_it():
     while list(session_members(launcher.pid)) and time.monotonic() < deadline:
         time.sleep(0.01)
     assert not list(session_members(launcher.pid))
+
+
+def test_the_processes_of_a_server_are_forked_from_it(server):
+    """The kernel puts a page of its own somewhere else in every program that is started, but not in a fork."""
+    launcher = psutil.Process(server.pid)
+    forks = [each for each in launcher.children() if each.cmdline()[0].startswith("sglang::")]
+    assert sorted(fork.cmdline()[0] for fork in forks) == ["sglang::detokenizer", "sglang::scheduler"]
+    assert {kernel_page(fork.pid) for fork in forks} == {kernel_page(server.pid)}
+
+
+def kernel_page(pid):
+    (line,) = (line for line in Path(f"/proc/{pid}/maps").read_text().splitlines() if "[vdso]" in line)
+    return line
 
 
 def test_a_tethered_process_dies_with_its_parent():
