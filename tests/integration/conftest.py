@@ -15,6 +15,7 @@ from engine_configs import engine_config
 
 from megatron_ztrl.engines.client import EngineClient
 from megatron_ztrl.engines.server import EngineServer
+from megatron_ztrl.runtime.cluster import ray_cluster
 
 
 @pytest.fixture(scope="session")
@@ -42,6 +43,13 @@ def server(config, model, run_directory):
         yield server
     finally:
         server.stop()
+
+
+@pytest.fixture(scope="module")  # a process can have one, and a test may want another
+def cluster():
+    """Ray on this machine."""
+    with ray_cluster():
+        yield
 
 
 @pytest.fixture

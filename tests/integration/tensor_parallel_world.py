@@ -1,21 +1,26 @@
 """Trainer ranks for the tests: processes that each hold half of a Hugging Face model,
 as tensor parallelism cuts it."""
 
+from __future__ import annotations
+
 import asyncio
 import multiprocessing
 import os
 import signal
 import tempfile
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
-from transformers import Qwen2ForCausalLM
 
 from megatron_ztrl.engines.weight_stream import Staging
 from megatron_ztrl.types import TensorSlice
 from megatron_ztrl.weights.broadcaster import WeightBroadcaster
 from megatron_ztrl.weights.sender import WeightSender
 from megatron_ztrl.weights.verify import find_invalid
+
+if TYPE_CHECKING:  # the ranks would wait for it
+    from transformers import Qwen2ForCausalLM
 
 SIZE = 2
 COLUMNS = ("o_proj.weight", "down_proj.weight")
@@ -73,12 +78,12 @@ def run_rank(rank, pipe):
             elif command == "broadcast":
                 result = broadcaster.send(*arguments)
             elif command == "invalid":
+                sender.prepare()
                 result = find_invalid(slices, parameters.__getitem__, rank)
             elif command == "stop before":
                 result = stop_before(*arguments)
             pipe.send((True, result))
         except RuntimeError as error:
-                sender.prepare()
             pipe.send((False, str(error)))
 
 

@@ -20,7 +20,7 @@ from megatron_ztrl.config.schema import SandboxConfig, ToolConfig
 from megatron_ztrl.data.tokenizer import PolicyTokenizer
 from megatron_ztrl.envs.python_tool import PythonTool
 from megatron_ztrl.rollout.trajectory import Sampling, run_rollout
-from megatron_ztrl.runtime.cluster import cluster_nodes, ray_cluster
+from megatron_ztrl.runtime.cluster import cluster_nodes
 from megatron_ztrl.runtime.engines import RunEngines
 from megatron_ztrl.runtime.executors import RunExecutors, run_snippets
 from megatron_ztrl.runtime.processes import ProcessTable, read_processes
@@ -110,7 +110,7 @@ def random_policy(seed):
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def run(tmp_path_factory):
+async def run(cluster, tmp_path_factory):
     directory = tmp_path_factory.mktemp("replacement")
     tiny_model.save_checkpoint(directory / "model", seed=0)
     config = replace(
@@ -120,7 +120,7 @@ async def run(tmp_path_factory):
     notes = []
     processes = ProcessTable(directory)
     world = TensorParallelWorld()
-    with ray_cluster(), contextlib.closing(world):
+    with contextlib.closing(world):
         async with contextlib.AsyncExitStack() as stack:
             engines = RunEngines(config, directory, processes, notes.append)
             stack.push_async_callback(engines.stop)

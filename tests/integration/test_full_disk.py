@@ -8,7 +8,6 @@ import resource
 import pytest
 
 from megatron_ztrl.runtime.checkpoints import CheckpointStore, verify
-from megatron_ztrl.runtime.cluster import ray_cluster
 from megatron_ztrl.runtime.megatron_world import MegatronWorld
 
 LIMIT_BYTES = 100_000
@@ -39,7 +38,9 @@ async def limit_file_size(world, size_bytes):
         resource.prlimit(pid, resource.RLIMIT_FSIZE, (size_bytes, most))
 
 
-def test_a_background_write_that_fails_names_its_file_and_harms_no_checkpoint(model, config, tmp_path):
+def test_a_background_write_that_fails_names_its_file_and_harms_no_checkpoint(
+    cluster, model, config, tmp_path
+):
     async def scenario():
         world = MegatronWorld(config, "actor")
         try:
@@ -59,5 +60,4 @@ def test_a_background_write_that_fails_names_its_file_and_harms_no_checkpoint(mo
         finally:
             world.kill()
 
-    with ray_cluster():
-        asyncio.run(scenario())
+    asyncio.run(scenario())

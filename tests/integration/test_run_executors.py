@@ -15,7 +15,7 @@ from sandbox_server import executor_with
 
 from megatron_ztrl.config.schema import Config, SandboxConfig, ToolConfig
 from megatron_ztrl.runtime import executors as executors_module
-from megatron_ztrl.runtime.cluster import cluster_nodes, ray_cluster
+from megatron_ztrl.runtime.cluster import cluster_nodes
 from megatron_ztrl.runtime.executors import RunExecutors, run_snippets
 from megatron_ztrl.runtime.processes import ProcessTable, read_processes
 from megatron_ztrl.runtime.supervision import Supervisor
@@ -44,9 +44,10 @@ async def executors_of(config, nodes, directory):
         await executors.stop()
 
 
-def test_each_node_gets_an_executor_that_works_and_ends_with_the_run(tmp_path):
+def test_each_node_gets_an_executor_that_works_and_ends_with_the_run(cluster, tmp_path):
     async def scenario() -> list[str]:
-        async with executors_of(configured(tmp_path), cluster_nodes() * 2, tmp_path) as (_, pool):
+        nodes = cluster_nodes() * 2  # there is one, which is taken for two
+        async with executors_of(configured(tmp_path), nodes, tmp_path) as (_, pool):
             execute = run_snippets(pool, run_timeout_seconds=10.0)
             results = await asyncio.gather(*(execute(f"print({n})") for n in range(20)))
             assert {result.status for result in results} == {ExecutionStatus.OK}
@@ -60,15 +61,16 @@ def test_each_node_gets_an_executor_that_works_and_ends_with_the_run(tmp_path):
                     await asyncio.to_thread(urllib.request.urlopen, request)
             return urls
 
-    with ray_cluster():  # of one node, which is taken for two
-        urls = asyncio.run(scenario())
+    urls = asyncio.run(scenario())
     assert sorted(path.name for path in tmp_path.glob("*.log")) == ["executor0.log", "executor1.log"]
     for url in urls:
         with pytest.raises(urllib.error.URLError, match="refused"):
             urllib.request.urlopen(url + "/ready")
 
 
-def test_an_executor_that_is_killed_is_started_again_where_it_was_and_every_snippet_is_answered(tmp_path):
+def test_an_executor_that_is_killed_is_started_again_where_it_was_and_every_snippet_is_answered(
+    cluster, tmp_path
+):
     async def scenario() -> None:
         async with (
             executors_of(configured(tmp_path), cluster_nodes(), tmp_path) as (executors, pool),
@@ -98,12 +100,13 @@ def test_an_executor_that_is_killed_is_started_again_where_it_was_and_every_snip
             assert [executor.ejections for executor in pool.executors] == [2]
 
     notes: list[str] = []
-    with ray_cluster():
-        asyncio.run(scenario())
+    asyncio.run(scenario())
     assert sum("ended with code -9: executor 0 starts again" in note for note in notes) == 2
 
 
-def test_an_executor_that_hangs_is_replaced_and_so_is_one_whose_host_died_where_it_was(tmp_path, monkeypatch):
+def test_an_executor_that_hangs_is_replaced_and_so_is_one_whose_host_died_where_it_was(
+    cluster, tmp_path, monkeypatch
+):
     def hang(executor: psutil.Process) -> None:
         executor.suspend()
 
@@ -130,8 +133,7 @@ def test_an_executor_that_hangs_is_replaced_and_so_is_one_whose_host_died_where_
     monkeypatch.setattr(executors_module, "PROBE_INTERVAL_SECONDS", 0.2)
     monkeypatch.setattr(executors_module, "HANGS_SECONDS", 6.0)
     notes: list[str] = []
-    with ray_cluster():
-        asyncio.run(scenario())
+    asyncio.run(scenario())
     reasons = [note.partition(": executor 0 starts again")[0] for note in notes if "starts again" in note]
     assert reasons[0] == "executor 0 was not ready for 6 s"
     assert reasons[1].startswith("its host on the cluster died")

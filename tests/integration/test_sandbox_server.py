@@ -147,7 +147,7 @@ def test_limits_of_the_command_line_hold():
     with executor_with(available_tiers()[-1], *options) as executor:
         limits = executor.get("/health")["limits"]
         assert (limits["processes"], limits["scratch_bytes"]) == (10, 1 << 20)
-        threads = "import threading, time\nfor _ in range(20): threading.Thread(target=time.sleep, args=(9,)).start()"
+        threads = "import threading, time\nfor _ in range(20): threading.Thread(target=time.sleep, args=(1,)).start()"
         assert executor.execute(threads)["status"] in ("error", "killed")
         if executor.isolation != "basic":
             assert "No space left" in executor.execute("open('x', 'wb').write(bytes(2 << 20))")["stderr"]
