@@ -83,8 +83,8 @@ class RankProcess:
         """Which weight of this rank must not reach an engine, if any; also takes the checksums of all."""
         from megatron_ztrl.weights.verify import find_invalid
 
-        return find_invalid(self._rank.parameter_slices(), self._rank.parameter, self._index)
         self._sender.prepare()
+        return find_invalid(self._rank.parameter_slices(), self._rank.parameter, self._index)
 
     def join_broadcast_group(self, group: BroadcastGroup) -> None:
         """Rank 0 meets the engines."""
