@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import errno
 import os
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
@@ -91,8 +92,8 @@ def _plan(options: argparse.Namespace) -> int:
     config = _load_checked(options.config, options.words, check_config, check_native)
     from megatron_ztrl.trainer.planner.command import Options, run_plan
 
-    _end_with_the_reader()
-    run_plan(config, Options(**{f.name: getattr(options, f.name) for f in dataclasses.fields(Options)}))
+    with _ending_with_the_reader():
+        run_plan(config, Options(**{f.name: getattr(options, f.name) for f in dataclasses.fields(Options)}))
     return 0
 
 
@@ -104,12 +105,14 @@ def _engines(options: argparse.Namespace) -> int:
         request_engines(options.run_directory, options.count)
         print(f"asked for {options.count} engines; the run says when they serve")
         return 0
-    _end_with_the_reader()
     servers = read_processes(options.run_directory)["servers"]
-    if not servers:
-        print("no server of the run has started yet")
-    for name, row in servers.items():
-        print(f"{name:12} {row['state']:18} pid {row['pid']:<8} {row['url']:28} restarts {row['restarts']}")
+    with _ending_with_the_reader():
+        if not servers:
+            print("no server of the run has started yet")
+        for name, row in servers.items():
+            print(
+                f"{name:12} {row['state']:18} pid {row['pid']:<8} {row['url']:28} restarts {row['restarts']}"
+            )
     return 0
 
 
@@ -125,17 +128,23 @@ def _doctor(options: argparse.Namespace) -> int:
     from megatron_ztrl.doctor import examine, print_table, to_json
 
     findings = examine()
-    _end_with_the_reader()
-    if options.json:
-        print(to_json(findings))
-    else:
-        print_table(findings)
+    with _ending_with_the_reader():
+        if options.json:
+            print(to_json(findings))
+        else:
+            print_table(findings)
     return FAILED if any(finding.blocks for finding in findings) else 0
 
 
-def _end_with_the_reader() -> None:
-    """As other tools do when ``head`` has seen enough."""
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+@contextlib.contextmanager
+def _ending_with_the_reader() -> Iterator[None]:
+    """As other tools do when ``head`` has seen enough. Else the signal is nobody's: sockets break, too."""
+    before = signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+    try:
+        yield
+        sys.stdout.flush()
+    finally:
+        signal.signal(signal.SIGPIPE, before)
 
 
 class _Parser(argparse.ArgumentParser):
