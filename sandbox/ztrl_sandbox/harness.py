@@ -10,7 +10,6 @@ import json
 import linecache
 import os
 import resource
-import signal
 import socket
 import sys
 import threading
@@ -117,7 +116,41 @@ def run(source: bytes, *, print_last_expression: bool) -> int:
     return exit_code or shutdown_code
 
 
-def run_session(requests: socket.socket, ended_fd: int, options: dict[str, Any], fds: Sequence[int]) -> int:
+class Interrupts:
+    """SIGINT in a session: raised in its code and nowhere else; one that comes before its code begins waits for it."""
+
+    def __init__(self) -> None:
+        self._code_runs = False
+        self._waits = False
+
+    def on_signal(self, signal_number: int, frame: types.FrameType | None) -> None:
+        """The handler."""
+        if self._code_runs:
+            raise KeyboardInterrupt
+        self._waits = True
+
+    def forget(self) -> None:
+        """Whatever came was meant for code that had ended by then."""
+        self._waits = False
+
+    def begin(self) -> None:
+        """Raise ``KeyboardInterrupt`` from now on, or at once if one waits."""
+        self._code_runs = True
+        if self._waits:
+            raise KeyboardInterrupt
+
+    def end(self) -> None:
+        """Raise it no more."""
+        self._code_runs = self._waits = False
+
+
+def run_session(
+    requests: socket.socket,
+    ended_fd: int,
+    interrupts: Interrupts,
+    options: dict[str, Any],
+    fds: Sequence[int],
+) -> int:
     """Run one piece of code after the other in one ``__main__``, until the server ends the session.
 
     After each, one byte, its exit code, goes to ``ended_fd``. SIGINT stops the code that runs, nothing else.
@@ -125,6 +158,7 @@ def run_session(requests: socket.socket, ended_fd: int, options: dict[str, Any],
     Args:
         requests: Where further requests come from.
         ended_fd: A pipe to the worker.
+        interrupts: Has handled SIGINT since the process began.
         options: The first request's.
         fds: Its descriptors: code, stdin, stdout, stderr.
 
@@ -132,22 +166,15 @@ def run_session(requests: socket.socket, ended_fd: int, options: dict[str, Any],
     """
     _reseed()
     main = _new_main()
-    interruptible = False
-
-    def interrupt(signal_number: int, frame: types.FrameType | None) -> None:
-        if interruptible:
-            raise KeyboardInterrupt
 
     def cell() -> None:
-        nonlocal interruptible
-        interruptible = True
         try:
+            interrupts.begin()
             _execute(source, main, options["print_last_expression"])
             _flush()
         finally:
-            interruptible = False
+            interrupts.end()
 
-    signal.signal(signal.SIGINT, interrupt)
     while True:
         source = read_all(fds[0])
         Streams().connect(*fds[1:])
@@ -157,6 +184,7 @@ def run_session(requests: socket.socket, ended_fd: int, options: dict[str, Any],
         message, fds, _, _ = socket.recv_fds(requests, 4096, 4, socket.MSG_CMSG_CLOEXEC)
         if not message:
             return 0
+        interrupts.forget()
         options = json.loads(message)
 
 

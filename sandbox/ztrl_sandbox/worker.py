@@ -145,7 +145,8 @@ class Worker:
     def _be_snippet(self, ended: int) -> int:
         self._control.close()
         self._isolation.enter(self._slot)
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # the worker ignores it
+        interrupts = harness.Interrupts()  # the worker ignores it; a session's first may come before its code
+        signal.signal(signal.SIGINT, interrupts.on_signal)
         # Everything else inherited goes before any code arrives.
         kept = sorted((self._requests.fileno(), ended))
         for low, high in zip((2, *kept), (*kept, 1 << 20), strict=True):
@@ -158,7 +159,8 @@ class Worker:
         timeout_seconds = None if keep else options["run_timeout_seconds"]
         harness.apply_rlimits(self._mapped_bytes + options["memory_bytes"], timeout_seconds)
         if keep:
-            return harness.run_session(self._requests, ended, options, fds)
+            return harness.run_session(self._requests, ended, interrupts, options, fds)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         source = harness.read_all(fds[0])
         self._streams.connect(*fds[1:])
         os.closerange(3, 1 << 20)

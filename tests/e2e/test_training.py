@@ -26,7 +26,8 @@ def test_a_synchronous_run_trains_on_policy_publishes_and_exports(tmp_path, mark
     assert all(row["train/staleness_max"] == 0 for row in train)
     # The engine's log-probs are the trainer's: every publish arrived, bit for bit in fp32.
     assert all(row["mismatch/gap_max"] < 1e-4 for row in train)
-    assert all(row["loss/grad_norm"] > 0 for row in train)
+    # A step of so few rollouts may have siblings with equal rewards throughout; not all three.
+    assert any(row["loss/grad_norm"] > 0 for row in train)
     assert [row["step"] for row in rows(run, "eval")] == [0, 3]
     assert {path.name for path in (run / "policy").iterdir()} >= {
         "config.json",

@@ -42,6 +42,9 @@ def test_it_drives_a_server_of_either_protocol():
 
 
 def test_a_larger_process_forks_more_slowly():
-    assert forks_per_second(["math"], forkers=1, seconds=0.3) > forks_per_second(
-        ["sympy"], forkers=1, seconds=0.3
-    )
+    # The best of several, taken in turn: other work on the machine can only slow one down.
+    pairs = [
+        [forks_per_second([module], forkers=1, seconds=0.3) for module in ("math", "sympy")] for _ in range(3)
+    ]
+    small, large = map(max, zip(*pairs, strict=True))
+    assert small > large
