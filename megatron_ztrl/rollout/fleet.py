@@ -38,8 +38,6 @@ class _Member:
     """Rollouts may call it."""
     rollouts: int = 0
     """That are seated here, whether they generate or wait for a tool."""
-    generating: int = 0
-    """Of these, that have a call here, or are about to."""
     calls: set[asyncio.Timeout] = field(default_factory=set)
     """That it has not answered; a timeout that is moved to now ends its call."""
     quiet: asyncio.Event = field(default_factory=asyncio.Event)
@@ -72,18 +70,14 @@ class _Waiter:
 class EngineFleet:
     """Assigns each rollout to the engine with the fewest; a rollout stays there, where its prefix is cached.
 
-    While rollouts wait for a tool, others generate in their place, so that the engine's batch is full. Those that
-    come back may find it full, and wait in the engine's queue for the next one that ends. So that executors that
-    hang hold up new rollouts, too, an engine has at most a quarter more than generate at a time.
-
     A rollout whose engine is removed, or cannot be reached, moves to another, or waits until there is one. It
     notices nothing but a call that was interrupted with no tokens. What a dead engine had sampled and not yet
     returned was never part of a rollout: it is sampled again.
 
     Args:
         engines: One client per server.
-        max_concurrent_per_engine: Rollouts that generate on one engine at a time. More wait here, not in its queue,
-            and the one that came first is seated first, even if it loses its engine meanwhile; urgent ones before all
+        max_concurrent_per_engine: Rollouts that one engine has at a time. More wait here, not in its queue, and
+            the one that came first is seated first, even if it loses its engine meanwhile; urgent ones before all
             others.
         on_unreachable: Told of an engine that the fleet removed because a call found nobody there; it may add
             it again. Without it an error that leaves no engine is raised to the rollout.
@@ -97,7 +91,6 @@ class EngineFleet:
         on_unreachable: Callable[[Engine], None] | None = None,
     ) -> None:
         self._max_concurrent_per_engine = max_concurrent_per_engine
-        self._max_seated_per_engine = max_concurrent_per_engine + max_concurrent_per_engine // 4
         self._on_unreachable = on_unreachable
         self._members: dict[Engine, _Member] = {}
         self._waiting: list[_Waiter] = []
@@ -112,7 +105,7 @@ class EngineFleet:
 
     @property
     def capacity(self) -> int:
-        """Rollouts that generate at once."""
+        """Rollouts that have a place at once."""
         return len(self.engines) * self._max_concurrent_per_engine
 
     def load(self, engine: Engine) -> int:
@@ -160,7 +153,7 @@ class EngineFleet:
         """A place on the engine with the fewest rollouts; of those that wait, the lowest ticket has it first."""
         member = self._least_loaded()  # nobody waits while a place is free
         if member is not None:
-            self._seat(member)
+            member.rollouts += 1
             return member
         waiter = _Waiter(ticket, asyncio.get_running_loop().create_future())
         heapq.heappush(self._waiting, waiter)
@@ -168,21 +161,14 @@ class EngineFleet:
             return await waiter.seated
         except asyncio.CancelledError:
             if waiter.seated.done() and not waiter.seated.cancelled():  # given at the very moment
-                self.leave_place(waiter.seated.result(), generating=True)
+                self.leave_place(waiter.seated.result())
             raise
 
-    def leave_place(self, member: _Member, *, generating: bool) -> None:
+    def leave_place(self, member: _Member) -> None:
         """The next one may have it."""
         member.rollouts -= 1
-        member.generating -= generating
         self._forget_if_empty(member)
         self._seat_waiters()
-
-    def call_ended(self, member: _Member) -> None:
-        """Another may generate, unless the rollout calls again at once."""
-        member.generating -= 1
-        if self._waiting:
-            asyncio.get_running_loop().call_soon(self._seat_waiters)
 
     def unreachable(self, member: _Member, error: EngineUnreachable) -> None:
         """A call found nobody there."""
@@ -197,21 +183,15 @@ class EngineFleet:
         free = [
             member
             for member in self._members.values()
-            if member.open
-            and member.generating < self._max_concurrent_per_engine
-            and member.rollouts < self._max_seated_per_engine
+            if member.open and member.rollouts < self._max_concurrent_per_engine
         ]
-        return min(free, key=lambda member: (member.generating, member.rollouts), default=None)
-
-    def _seat(self, member: _Member) -> None:
-        member.rollouts += 1
-        member.generating += 1
+        return min(free, key=lambda member: member.rollouts, default=None)
 
     def _seat_waiters(self) -> None:
         while self._waiting and (member := self._least_loaded()) is not None:
             waiter = heapq.heappop(self._waiting)
             if not waiter.seated.done():  # else its rollout was cancelled
-                self._seat(member)
+                member.rollouts += 1
                 waiter.seated.set_result(member)
 
     def _forget_if_empty(self, member: _Member) -> None:
@@ -227,24 +207,20 @@ class _Seat:
         self._ticket = ticket
         self._member: _Member | None = None
         """None while it waits for a place."""
-        self._generating = False
-        """As the member counts it."""
 
     async def take(self) -> None:
         self._member = await self._fleet.take_place(self._ticket)
-        self._generating = True
 
     def leave(self) -> None:
         if self._member is not None:
             member, self._member = self._member, None
-            self._fleet.leave_place(member, generating=self._generating)
+            self._fleet.leave_place(member)
 
     async def generate(self, input_ids: Sequence[int], **request: Any) -> Completion:
         """`Engine.generate` of the engine; where no answer will come, an interruption without tokens."""
         member = self._member
         assert member is not None
         if member.open:
-            member.generating += not self._generating
             try:
                 async with member.call() as call:
                     return await member.engine.generate(input_ids, **request)
@@ -253,9 +229,6 @@ class _Seat:
             except TimeoutError:
                 if not call.expired():  # not the fleet's doing
                     raise
-            finally:
-                self._generating = False
-                self._fleet.call_ended(member)
         self.leave()
         await self.take()
         return NO_TOKENS

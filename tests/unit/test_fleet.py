@@ -170,46 +170,6 @@ async def test_an_urgent_rollout_is_seated_before_all_that_wait_and_moves_nobody
     assert [name for name, _ in engine.calls] == [name for name in "0uv12" for _ in range(3)]
 
 
-async def test_while_rollouts_wait_for_a_tool_others_generate_in_their_place_up_to_a_quarter_more():
-    engines = [CountingEngine(), CountingEngine()]
-    fleet = EngineFleet(engines, max_concurrent_per_engine=4)
-    tool, ended = asyncio.Event(), asyncio.Event()
-
-    async def rollout(name):
-        async with fleet.engine() as engine:
-            await engine.generate([1], max_new_tokens=1, request_id=f"{name}-0")
-            await tool.wait()
-            await engine.generate([1, 2], max_new_tokens=1, request_id=f"{name}-1")
-            await ended.wait()
-
-    def names(engine, length):
-        return {name for name, tokens in engine.calls if tokens == length}
-
-    rollouts = [asyncio.create_task(rollout(name)) for name in range(20)]
-    await until(lambda: sum(len(engine.calls) for engine in engines) >= 10)
-    await asyncio.sleep(0.01)
-    assert [fleet.load(engine) for engine in engines] == [5, 5]  # 4 of which may generate
-    tool.set()
-    await until(lambda: all(names(engine, 2) for engine in engines))
-    await asyncio.sleep(0.01)
-    for engine in engines:
-        assert names(engine, 2) == names(engine, 1)  # each where its prefix is cached
-    ended.set()
-    await asyncio.gather(*rollouts)
-    assert [fleet.load(engine) for engine in engines] == [0, 0]
-
-
-async def test_a_rollout_that_calls_again_at_once_keeps_its_place():
-    """Calls of a few tokens each, without a tool between them: nobody is let in meanwhile."""
-    engine = CountingEngine()
-    fleet = EngineFleet([engine], max_concurrent_per_engine=4)
-    rollouts = [asyncio.create_task(roll_out(fleet, str(i))) for i in range(8)]
-    await until(lambda: len(engine.calls) >= 9)
-    assert {name for name, _ in engine.calls[:9]} == {"0", "1", "2", "3"}
-    for each in await asyncio.gather(*rollouts):
-        assert_whole(each)
-
-
 async def test_calls_to_an_engine_that_is_abandoned_wait_no_longer():
     hanging, other = CountingEngine(), CountingEngine(version=1)
     hanging.gate.clear()
