@@ -237,15 +237,20 @@ async def test_an_engine_that_joins_has_the_weights_and_gets_its_share_of_the_ro
     assert run.engines.fleet.capacity == 2 * run.config.engine.max_running_requests
 
 
+def hang(pid):
+    """Stops a server and all that it started, without an end."""
+    process = psutil.Process(pid)
+    for each in [process, *process.children(recursive=True)]:
+        each.suspend()
+
+
 @pytest.mark.slow
 async def test_an_engine_that_hangs_is_replaced_and_its_rollouts_move(run):
     before = run.processes()["engine 0"]
     tasks = run.start_rollouts()
     started = run.executed
     await run.until(lambda: run.executed >= started + IN_FLIGHT // 2)
-    process = psutil.Process(before["pid"])
-    for each in [process, *process.children(recursive=True)]:
-        each.suspend()
+    hang(before["pid"])
     check(run, await asyncio.gather(*tasks), [max(run.policies)])
     assert any("answered no health check for 20 s" in note for note in run.notes)
     await run.until(lambda: run.serves("engine 0", other_than_pid=before["pid"]))
@@ -271,9 +276,7 @@ async def test_an_engine_that_hangs_during_a_publish_is_replaced_and_the_publish
     tasks = run.start_rollouts()
     started = run.executed
     await run.until(lambda: run.executed >= started + IN_FLIGHT // 2)
-    process = psutil.Process(before["pid"])
-    for each in [process, *process.children(recursive=True)]:
-        each.suspend()
+    hang(before["pid"])
     async with asyncio.timeout(120):  # its clients would wait for an hour
         await run.train(version, seed=version)
     assert run.serves("engine 0")
