@@ -87,6 +87,8 @@ def test_a_zygote_that_dies_costs_no_call(victim):
         assert seconds_to_next_answer(victim) < MAX_RECOVERY_SECONDS
         assert call.result()["stdout"] == "lived\n"
     assert until(lambda: victim.get("/health")["zygote_pid"] != zygote)
+    _, session, _ = victim.post("/v1/sessions")  # its worker is forked once the new zygote has imported all
+    victim.request("DELETE", f"/v1/sessions/{session['session_id']}")
     for pid in victim.get("/health")["worker_pids"]:
         os.kill(pid, signal.SIGKILL)
         assert seconds_to_next_answer(victim) < MAX_RECOVERY_SECONDS
