@@ -191,7 +191,7 @@ async def test_a_gap_in_the_version_spans_is_an_error():
 
 
 class Search:
-    """A tool that executes nothing, as the README shows one."""
+    """A tool that executes nothing."""
 
     def stop_patterns(self):
         return ("</search>",)
