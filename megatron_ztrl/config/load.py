@@ -22,6 +22,11 @@ __all__ = ["ConfigError", "check_config", "load_config", "save_config"]
 
 _DATA_SUFFIXES = (".jsonl", ".json", ".parquet")
 """A path that ends like this is a file, never a hub id."""
+_INPUTS = (
+    *("model.path", "critic.path", "data.train.path", "sandbox.token_file"),
+    *("data.prompt_template", "reward.function", "tool.environment"),
+)
+"""Keys that may name a local file; so do the paths of ``data.eval``."""
 
 
 def load_config(path: str | os.PathLike[str], overrides: typing.Sequence[str] = ()) -> Config:
@@ -37,13 +42,13 @@ def load_config(path: str | os.PathLike[str], overrides: typing.Sequence[str] = 
     """
     path = Path(path)
     tree = _read_yaml(path)
-    _resolve_inputs(tree, path.parent)
-    overridden = [_apply_override(tree, override) for override in overrides]
-    _resolve_inputs(tree, Path.cwd())
     try:
+        _resolve_inputs(tree, path.parent)
+        overridden = [_apply_override(tree, override) for override in overrides]
+        _resolve_inputs(tree, Path.cwd())
         values = OmegaConf.to_container(tree, resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
-        raise ConfigError(f"{path}: {_first_line(error)}") from error
+        raise ConfigError(f"{path}: {error.full_key}: {_first_line(error)}") from error
     try:
         # Validating JSON is strict about scalars and still builds dataclasses from mappings.
         config = TypeAdapter(Config).validate_json(json.dumps(values), strict=True)
@@ -101,19 +106,12 @@ def _apply_override(tree: DictConfig, override: str) -> str:
 
 def _resolve_inputs(tree: DictConfig, base: Path) -> None:
     """Makes the paths of files that are read absolute, where they are local."""
-    data_sets = [OmegaConf.select(tree, "data.train"), *(_list(OmegaConf.select(tree, "data.eval")))]
-    models = [OmegaConf.select(tree, "model"), OmegaConf.select(tree, "critic")]
-    places = [(section, "path") for section in (*models, *data_sets)]
-    for path in ("sandbox.token_file", "data.prompt_template", "reward.function", "tool.environment"):
-        section, _, key = path.partition(".")
-        places.append((OmegaConf.select(tree, section), key))
-    for section, key in places:
-        if isinstance(section, DictConfig) and isinstance(section.get(key), str):
-            section[key] = _resolve(section[key], base)
-
-
-def _list(node: Any) -> list[Any]:
-    return list(node) if isinstance(node, ListConfig) else []
+    evaluated = OmegaConf.select(tree, "data.eval")
+    count = len(evaluated) if isinstance(evaluated, ListConfig) else 0
+    for key in (*_INPUTS, *(f"data.eval.{index}.path" for index in range(count))):
+        text = OmegaConf.select(tree, key)
+        if isinstance(text, str):
+            OmegaConf.update(tree, key, _resolve(text, base))
 
 
 def _resolve(text: str, base: Path) -> str:

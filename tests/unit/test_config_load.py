@@ -133,6 +133,13 @@ def test_a_wrong_override_is_refused(yaml_file: Path, override: str, message: st
     assert error_of(yaml_file, override) == message
 
 
+@pytest.mark.parametrize("key", ["model.path", "data.train.name", "actor.learning_rate"])
+def test_a_reference_to_nothing_names_the_key_that_has_it(yaml_file: Path, key: str) -> None:
+    assert (
+        error_of(yaml_file, f"{key}='${{nope}}'") == f"{yaml_file}: {key}: Interpolation key 'nope' not found"
+    )
+
+
 def test_a_missing_section_is_named(yaml_file: Path) -> None:
     yaml_file.write_text(MINIMAL.replace("train: {num_steps: 3}", ""))
     assert error_of(yaml_file) == f"{yaml_file}: train: required, but missing"
