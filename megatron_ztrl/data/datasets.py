@@ -68,19 +68,19 @@ def _records(config: DatasetConfig) -> Iterator[_Record]:
 
 
 def _read_json_lines(path: Path) -> Iterator[_Record]:
-    with path.open(encoding="utf-8") as lines:
+    with path.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
             if line.strip():
                 where = f"{path}:{number}"
                 try:
-                    value = json.loads(line)
+                    value = json.loads(_text(line, where))
                 except json.JSONDecodeError as error:
                     raise ValueError(f"{where}: broken JSON: {error.msg} at column {error.colno}") from error
                 yield _Record(where, number, value)
 
 
 def _read_json(path: Path) -> Iterator[_Record]:
-    text = path.read_text(encoding="utf-8")
+    text = _text(path.read_bytes(), str(path))
     try:
         values = json.loads(text)
     except json.JSONDecodeError as error:
@@ -91,6 +91,13 @@ def _read_json(path: Path) -> Iterator[_Record]:
     if not isinstance(values, list):
         raise ValueError(f"{path}: expected a list of records, found {type(values).__name__}")
     return _number(path, values)
+
+
+def _text(data: bytes, where: str) -> str:
+    try:
+        return data.decode("utf-8-sig")  # some editors begin a file with a byte-order mark
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{where}: not UTF-8: {error.reason} at byte {error.start}") from error
 
 
 def _read_parquet(path: Path) -> Iterator[_Record]:

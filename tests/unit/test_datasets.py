@@ -167,6 +167,19 @@ def test_a_bad_row_is_named_by_file_and_line(tmp_path: Path, text: str, message:
         _load(str(path))
 
 
+def test_text_in_another_encoding_is_named_by_file_and_line_and_a_byte_order_mark_is_none(tmp_path: Path):
+    row = '{"problem": "café", "answer": "1"}\n'
+    path = tmp_path / "set.jsonl"
+    path.write_bytes(b"\xef\xbb\xbf" + row.encode() * 2)
+    assert _load(str(path)) == [("café", "1")] * 2
+    path.write_bytes(row.encode() + row.encode("latin-1"))
+    with pytest.raises(ValueError, match=r"set.jsonl:2: not UTF-8: invalid continuation byte at byte 16"):
+        _load(str(path))
+    (tmp_path / "set.json").write_bytes(row.encode("latin-1"))
+    with pytest.raises(ValueError, match=r"set.json: not UTF-8"):
+        _load(str(tmp_path / "set.json"))
+
+
 def test_bad_files_are_named(tmp_path: Path):
     with pytest.raises(ValueError, match=r"data set 'set': no such file: .*missing.jsonl"):
         _load(str(tmp_path / "missing.jsonl"))
