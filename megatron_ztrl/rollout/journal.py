@@ -251,8 +251,9 @@ def identity(config: Config, sampling: Sampling, *others: Any) -> str:
     settings = (
         config.model.path,
         (sampling.temperature, sampling.top_p, sampling.max_response_tokens),
-        (config.tool.run_timeout_seconds, config.tool.max_output_tokens),
-        config.reward.require_answer_tags,
+        (config.tool.environment, config.tool.run_timeout_seconds, config.tool.max_output_tokens),
+        (config.reward.function, config.reward.require_answer_tags),
+        config.data.prompt_template,  # its stop strings; its text is in the prompts
         others,
     )
     return hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:16]

@@ -1,201 +1,39 @@
-"""What the journal gives back after a crash: the rollouts as they were, and the course they would have taken.
+"""What the journal gives back after a crash: the rollouts as they were, and the course they would have taken."""
 
-The policy is a script: token, log-prob and version follow from the position alone, and the engine checks that it
-is always asked to go on exactly where the script stands.
-"""
-
-import asyncio
-import dataclasses
-import functools
-import itertools
 import struct
 
 import pytest
-
-from megatron_ztrl.config.schema import (
-    Config,
-    DataConfig,
-    DatasetConfig,
-    ModelConfig,
-    RewardConfig,
-    RolloutConfig,
-    RunConfig,
-    ToolConfig,
-    TrainConfig,
+from scripted_rollouts import (
+    ALL_VERSIONS,
+    PROMPT,
+    TOKENS_PER_VERSION,
+    Sandbox,
+    ScriptedPolicy,
+    boundaries,
+    content,
+    journal_in,
+    resumed,
+    run,
+    script,
+    write_group,
 )
-from megatron_ztrl.envs.prompt_templates import get_template
+
 from megatron_ztrl.rollout import journal_records as records
-from megatron_ztrl.rollout.fleet import EngineFleet
-from megatron_ztrl.rollout.group import GroupRunner
-from megatron_ztrl.rollout.journal import Journal, identity
-from megatron_ztrl.rollout.trajectory import Sampling, append_reply, append_sampled
+from megatron_ztrl.rollout.trajectory import append_reply, append_sampled
 from megatron_ztrl.types import (
     NOT_SAMPLED,
-    Completion,
     ExecutionResult,
     ExecutionStatus,
-    FinishReason,
-    Prompt,
     Rollout,
-    RolloutGroup,
     StopReason,
     Turn,
     VersionSpan,
 )
 
-EOS = 0
-PROMPT = Prompt(
-    prompt_id="p:1", problem="é?", text="Q:", ground_truth="4", data_source="p", metadata={"a": [1]}
-)
-ALL_VERSIONS = 10**6
-TOKENS_PER_VERSION = 7
-
-
-class ByteTokenizer:
-    def encode(self, text, *, add_special_tokens=True):
-        return list(text.encode())
-
-    def decode(self, token_ids):
-        return bytes(token_ids).decode(errors="replace")
-
-
-def script(index):
-    """What rollout ``index`` writes: two blocks that run, a third that is past the budget, and the end."""
-    blocks = [f"é{index} ```python\nprint({index})\n```", "so\n```python\n1/0\n```", "```python\n3\n```"]
-    replies = [f"\n```output\n{index}\n```\n", "\n```output\n1\nboom\n```\n"]
-    tokens, mask = [], []
-    for written, reply in itertools.zip_longest(blocks, replies, fillvalue=""):
-        tokens += [*written.encode(), *reply.encode()]
-        mask += [True] * len(written.encode()) + [False] * len(reply.encode())
-    return [*tokens, *b" 4.", EOS], [*mask, *[True] * 4]
-
-
-class ScriptedPolicy:
-    """Continues the script that the tokens so far belong to; every third call is interrupted."""
-
-    def __init__(self, version_of=lambda position: position // TOKENS_PER_VERSION):
-        self.version_of = version_of
-        self.calls = 0
-        self.asked = []
-
-    async def generate(self, input_ids, *, max_new_tokens, stop_patterns, temperature, top_p, request_id):
-        await asyncio.sleep(0)
-        index = int(request_id.split("-")[0].split(".")[1])
-        tokens, mask = script(index)
-        position = len(input_ids) - len(PROMPT.text)
-        assert input_ids == [*PROMPT.text.encode(), *tokens[:position]], "gone on with exactly where it stood"
-        assert mask[position], "a model token is due here"
-        self.asked.append((position, max_new_tokens, bool(stop_patterns)))
-        end = next((p for p in range(position, len(tokens)) if not mask[p]), len(tokens))
-        self.calls += 1
-        written = tokens[position:end]
-        finish, matched = (FinishReason.STOP, EOS) if end == len(tokens) else (FinishReason.STOP, "```[^p]")
-        if end < len(tokens):
-            written = [*written, ord("\n")]  # past the fence: to be dropped
-        limit = 5 if self.calls % 3 == 0 else max_new_tokens
-        if limit < len(written):
-            written = written[:limit]
-            finish = FinishReason.ABORT if limit == 5 else FinishReason.LENGTH
-            matched = None
-        versions = [self.version_of(position + offset) for offset in range(len(written))]
-        spans, start = [], 0
-        for version, run in itertools.groupby(versions):
-            length = len(list(run))
-            spans.append(VersionSpan(version=version, start=start, end=start + length))
-            start += length
-        return Completion(
-            token_ids=written,
-            logprobs=[-(position + offset) / 3 for offset in range(len(written))],
-            finish_reason=finish,
-            matched_stop=matched,
-            version_spans=spans,
-            cached_tokens=0,
-        )
-
-
-class Sandbox:
-    def __init__(self):
-        self.executed = []
-
-    async def __call__(self, code):
-        await asyncio.sleep(0)
-        self.executed.append(code)
-        failed = "1/0" in code
-        return ExecutionResult(
-            status=ExecutionStatus.ERROR if failed else ExecutionStatus.OK,
-            stdout="1\n" if failed else code.removeprefix("print(").removesuffix(")\n") + "\n",
-            stderr="boom" if failed else "",
-            run_seconds=0.25,
-            queue_seconds=0.0,
-        )
-
-
-async def score(text, ground_truth):
-    return float(ground_truth in text)
-
-
-@dataclasses.dataclass
-class Outcome:
-    group: RolloutGroup
-    policy: ScriptedPolicy
-    sandbox: Sandbox
-
-
-async def run(journal, *, group_id=7, size=2, policy=None, max_call_tokens=9, sandbox=None):
-    policy, sandbox = policy or ScriptedPolicy(), sandbox or Sandbox()
-    runner = GroupRunner(
-        fleet=EngineFleet([policy], max_concurrent_per_engine=8),
-        tokenizer=ByteTokenizer(),
-        execute=sandbox,
-        score=score,
-        template=get_template("plain"),
-        tool=ToolConfig(max_output_tokens=40),
-        sampling=Sampling(
-            temperature=1.0, top_p=1.0, max_response_tokens=400, max_call_tokens=max_call_tokens
-        ),
-        journal=journal,
-    )
-    group = await runner.run(group_id, PROMPT, group_size=size, env_iterations=2)
-    return Outcome(group, policy, sandbox)
-
-
-def journal_in(directory, identity="settings"):
-    return Journal(directory, identity=identity)
-
-
-def resumed(directory, version=ALL_VERSIONS, **kwargs):
-    journal = journal_in(directory)
-    return journal, journal.restore(version, **kwargs)
-
-
-def boundaries(data):
-    """Where records end."""
-    offset, found = 0, [0]
-    while offset < len(data):
-        offset += 8 + struct.unpack_from("<I", data, offset)[0]
-        found.append(offset)
-    return found
-
-
-def content(group):
-    """All that training and logs read; not the seconds."""
-    return [
-        {
-            field.name: getattr(rollout, field.name)
-            for field in dataclasses.fields(rollout)
-            if not field.name.endswith("seconds")
-        }
-        for rollout in group.rollouts
-    ]
-
 
 @pytest.fixture
 async def written(tmp_path):
-    """An uninterrupted group and its file."""
-    journal = journal_in(tmp_path / "journal")
-    outcome = await run(journal)
-    journal.close()
-    return outcome, tmp_path / "journal" / "00000007"
+    return await write_group(tmp_path / "journal")
 
 
 async def test_the_scripted_group_is_what_the_script_says(written):
@@ -355,82 +193,7 @@ async def test_a_rollout_that_the_infrastructure_failed_stays_untrainable(tmp_pa
     assert [rollout.trainable for rollout in again.group.rollouts] == [False, False]
 
 
-def files(directory):
-    return sorted(int(path.name) for path in directory.iterdir())
-
-
-async def test_the_journal_holds_only_what_no_checkpoint_covers(tmp_path):
-    journal = journal_in(tmp_path)
-    for group_id in range(6):
-        await run(journal, group_id=group_id, policy=ScriptedPolicy(lambda position: 1))
-    # A checkpoint is begun when 0 to 2 have been released, and complete only after group 5 was admitted.
-    journal.checkpoint_begun(1)
-    await asyncio.sleep(0)
-    journal.checkpoint_complete(pending={3, 4}, next_group_id=5)
-    journal.close()
-    assert files(tmp_path) == [3, 4, 5]
-
-
-async def test_a_crash_between_a_checkpoint_and_the_clean_up_leaves_nothing_to_train_twice(tmp_path):
-    journal = journal_in(tmp_path)
-    for group_id in range(4):
-        await run(journal, group_id=group_id)
-    journal.close()
-    journal, found = resumed(tmp_path, pending={2}, next_group_id=3)
-    assert files(tmp_path) == [2, 3]
-    assert found.rollouts == 4
-    assert journal.recorder(1, 0).restored is None
-    journal.close()
-
-
-async def test_without_checkpoints_the_journal_stays_as_small_as_what_is_in_flight(tmp_path):
-    """Nothing that a policy after the checkpoint sampled can be of use once its group is trained."""
-    journal = journal_in(tmp_path)
-    for step in range(12):
-        policy = ScriptedPolicy(functools.partial(lambda version, position: version, step))
-        journal.released([(await run(journal, group_id=step, policy=policy)).group])
-    journal.close()
-    assert files(tmp_path) == [0]  # sampled by the policy that a resume would begin with
-
-
-async def test_a_group_that_began_before_the_checkpoint_stays_after_its_release(tmp_path):
-    journal = journal_in(tmp_path)
-    journal.checkpoint_begun(3)
-    old = await run(journal, group_id=0, policy=ScriptedPolicy(lambda position: 3 + position // 50))
-    new = await run(journal, group_id=1, policy=ScriptedPolicy(lambda position: 4))
-    journal.released([old.group, new.group])
-    journal.close()
-    assert files(tmp_path) == [0]
-
-
-async def test_a_run_that_begins_removes_what_another_left(written, tmp_path):
-    _, file = written
-    journal = journal_in(file.parent)
-    journal.clear()
-    assert not file.parent.exists()
-    await run(journal, size=1)
-    journal.close()
-    assert files(file.parent) == [7]
-
-
-async def test_a_disk_that_is_full_stops_the_run_instead_of_a_later_resume(tmp_path):
-    directory = tmp_path / "file"
-    directory.write_text("no directory can be made here")
-    journal = journal_in(directory)
-    with pytest.raises(ExceptionGroup) as caught:
-        await asyncio.gather(*(run(journal, group_id=group_id, size=20) for group_id in range(50)))
-    assert caught.group_contains(FileExistsError)
-
-
-async def test_a_rollout_is_asked_for_in_calls_of_bounded_length(tmp_path):
-    journal = journal_in(tmp_path)
-    outcome = await run(journal, size=1, max_call_tokens=4)
-    journal.close()
-    assert {asked for _, asked, _ in outcome.policy.asked} == {4}
-    assert outcome.group.rollouts[0].token_ids == script(0)[0]
-
-
-async def test_the_tool_budget_goes_on_where_it_was(written, tmp_path):
+async def test_the_tool_budget_goes_on_where_it_was(written):
     """After both executions the third block is text, and the engine is not told to stop at fences."""
     _, file = written
     data = file.read_bytes()
@@ -442,30 +205,6 @@ async def test_the_tool_budget_goes_on_where_it_was(written, tmp_path):
     journal.close()
     assert again.sandbox.executed == []
     assert again.policy.asked and not any(stops for _, _, stops in again.policy.asked)
-
-
-def test_rollouts_depend_on_what_they_were_sampled_answered_and_scored_with():
-    config = Config(
-        run=RunConfig(directory="run"),
-        model=ModelConfig(path="model"),
-        data=DataConfig(train=DatasetConfig(name="d", path="d.jsonl")),
-        train=TrainConfig(num_steps=1),
-    )
-    sampling = Sampling(temperature=1.0, top_p=1.0, max_response_tokens=8, max_call_tokens=4)
-    first = identity(config, sampling, "fingerprint")
-    elsewhere = dataclasses.replace(
-        config, rollout=RolloutConfig(groups_per_step=2), tool=ToolConfig(retries=9)
-    )
-    assert identity(elsewhere, dataclasses.replace(sampling, max_call_tokens=2), "fingerprint") == first
-    other_tool = dataclasses.replace(config, tool=ToolConfig(max_output_tokens=9))
-    other_reward = dataclasses.replace(config, reward=RewardConfig(require_answer_tags=False))
-    others = [
-        identity(other_tool, sampling, "fingerprint"),
-        identity(other_reward, sampling, "fingerprint"),
-        identity(config, dataclasses.replace(sampling, temperature=0.9), "fingerprint"),
-        identity(config, sampling, "other prompts"),
-    ]
-    assert len({first, *others}) == 5
 
 
 def test_a_reply_without_an_execution_comes_back_as_a_turn_without_a_result():
