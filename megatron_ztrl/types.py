@@ -146,7 +146,7 @@ class Rollout:
 
     @property
     def oldest_version(self) -> int:
-        """The oldest weight version among the sampled tokens."""
+        """The oldest weight version among the sampled tokens, of which there must be one."""
         return min(set(self.weight_versions) - {NOT_SAMPLED})
 
     @property

@@ -29,10 +29,9 @@ def step_metrics(
     metrics[names.TRAIN_REWARD] = metrics.get(names.TRAIN_ACCURACY, 0.0)
     metrics[names.TRAIN_GROUPS_KEPT] = len(taken.groups)
     metrics[names.TRAIN_GROUPS_DROPPED] = len(taken.dropped)
+    sampled = [rollout for rollout in rollouts if rollout.trainable and any(rollout.loss_mask)]
     # The policy that made this step's update was version - 1.
-    metrics[names.TRAIN_STALENESS_MAX] = max(
-        version - 1 - rollout.oldest_version for rollout in rollouts if rollout.trainable
-    )
+    metrics[names.TRAIN_STALENESS_MAX] = max(version - 1 - rollout.oldest_version for rollout in sampled)
     for key in statistics[0]:
         metrics[names.LOSS_POLICY if key == "loss/loss" else key] = fmean(row[key] for row in statistics)
     metrics |= _times(clock, rollouts)

@@ -14,7 +14,10 @@ from megatron_ztrl.config.schema import (
     TrainConfig,
 )
 from megatron_ztrl.data.batches import Scores, pack_minibatches, with_targets
+from megatron_ztrl.observability.clock import PhaseClock
+from megatron_ztrl.rollout.scheduler import TakenGroups
 from megatron_ztrl.rollout.statistics import model_tokens, rollout_statistics
+from megatron_ztrl.rollout.step_metrics import step_metrics
 from megatron_ztrl.types import (
     NOT_SAMPLED,
     ExecutionResult,
@@ -227,6 +230,26 @@ def test_tokens_of_older_weights_do_not_count_as_mismatch():
     assert statistics["staleness/gap_max"] == 1.0  # GROUP was sampled under version 0
     assert statistics["staleness/share"] == 1.0
     assert not any(key.startswith("mismatch/") for key in statistics)
+
+
+@pytest.mark.parametrize("advantage", ["grpo", "reinforce_pp_baseline", "gae"])
+def test_a_rollout_without_a_token_has_a_reward_and_no_say(advantage):
+    """An engine that has no room for a single token returns none."""
+    empty = rollout(0.0, [], stop_reason=StopReason.LENGTH)
+    group = RolloutGroup(group_id=0, prompt=PROMPT, rollouts=[rollout(1.0, [1, 1]), empty])
+    chosen = config(advantage=advantage)
+    (packed,) = pack_minibatches([group], chosen, np.random.default_rng(0))
+    logprobs = [[np.full(mb.loss_mask_T.shape, -0.5) for mb in rank] for rank in packed.actor.microbatches]
+    scores = Scores(old_logprobs=logprobs, values=logprobs)
+    ([ready], statistics) = with_targets([packed], [scores], chosen, version=0)
+    assert ready.actor.trained_tokens == 2
+    # Two tokens of one rollout: whitened over tokens they tell each other nothing; GRPO compares the two rewards.
+    assert trained(ready.actor, "advantages") == pytest.approx(
+        [1.0 if advantage == "grpo" else 0.0] * 2, abs=1e-4
+    )
+    metrics = step_metrics(1, TakenGroups(groups=[group]), [statistics], PhaseClock())
+    assert metrics["train/staleness_max"] == 0
+    assert metrics["train/response_tokens"] == 1.0
 
 
 def test_statistics_count_executed_beside_written_code_and_leave_out_infrastructure_failures():
