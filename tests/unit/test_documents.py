@@ -2,12 +2,16 @@
 
 import re
 import shlex
+from dataclasses import fields, is_dataclass
 from pathlib import Path
+from typing import get_type_hints
 
 import pytest
+import yaml
 
 from megatron_ztrl import cli
 from megatron_ztrl.config.load import load_config
+from megatron_ztrl.config.schema import Config
 from megatron_ztrl.observability import names
 from megatron_ztrl.rollout.statistics import rollout_statistics
 from megatron_ztrl.types import Prompt, Rollout, StopReason
@@ -21,6 +25,14 @@ DOCUMENTS = [
 ]
 FENCED = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 INDENTED = re.compile(r"(?:^ {4}.*\n)+", re.MULTILINE)
+QUOTED = re.compile(r"`([^`\n]+)`")
+SECTIONS = {
+    name: {field.name for field in fields(section)}
+    for name, section in get_type_hints(Config).items()
+    if is_dataclass(section)
+}
+PLACES = [ROOT, ROOT / "megatron_ztrl", ROOT / "sandbox"]
+"""What the path of a file may be relative to, besides the document."""
 
 
 def commands(program: str) -> list[list[str]]:
@@ -44,6 +56,62 @@ def test_links_between_documents_lead_somewhere():
         if not target.startswith("http") and not (document.parent / target).exists()
     ]
     assert dead == []
+
+
+def quoted(document: Path) -> list[str]:
+    """What stands between backticks, blocks of code aside."""
+    return QUOTED.findall(FENCED.sub("", document.read_text()))
+
+
+def test_every_file_of_the_documents_exists():
+    files = [
+        (document, name)
+        for document in DOCUMENTS
+        for name in quoted(document)
+        if re.fullmatch(r"(?:[\w.-]+/)+[\w.-]+\.(?:py|md|yaml|sbatch)", name)
+    ]
+    assert len(files) > 30
+    missing = [
+        f"{document.relative_to(ROOT)}: {name}"
+        for document, name in files
+        if not any((place / name).exists() for place in (*PLACES, document.parent))
+    ]
+    assert missing == []
+
+
+def test_every_key_of_the_configuration_in_the_documents_is_one():
+    keys = [
+        (document, *found.groups())
+        for document in DOCUMENTS
+        for name in quoted(document)
+        if (found := re.match(r"(\w+)\.(\w+)", name)) and not re.fullmatch(r"[\w.]+\.(py|jsonl?|yaml)", name)
+    ]
+    named = [(document, section, key) for document, section, key in keys if section in SECTIONS]
+    assert len(named) > 100
+    unknown = [
+        f"{document.relative_to(ROOT)}: {section}.{key}"
+        for document, section, key in named
+        if key not in SECTIONS[section]
+    ]
+    assert unknown == []
+
+
+def test_every_piece_of_a_configuration_in_the_documents_has_known_keys():
+    blocks = [
+        (document, yaml.safe_load(block))
+        for document in DOCUMENTS
+        for language, block in FENCED.findall(document.read_text())
+        if language == "yaml"
+    ]
+    assert len(blocks) > 3
+    unknown = [
+        f"{document.relative_to(ROOT)}: {section}.{key}"
+        for document, block in blocks
+        for section, keys in block.items()
+        for key in keys
+        if key not in SECTIONS.get(section, ())
+    ]
+    assert unknown == []
 
 
 @pytest.mark.parametrize("words", commands("ztrl"), ids=" ".join)
