@@ -24,7 +24,7 @@ from rich.table import Table
 from transformers.utils.logging import disable_progress_bar
 
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "tests" / "distributed"))
+sys.path[:0] = [str(ROOT / "tests" / folder) for folder in ("distributed", "support")]
 
 from cases import (  # noqa: E402
     BFLOAT16_CASES,

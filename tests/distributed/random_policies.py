@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from small_qwen2 import unsettle
 
 from megatron_ztrl.config.schema import (
     ActorConfig,
@@ -144,11 +145,9 @@ def save_checkpoint(name: str, directory: Path) -> Any:
 
 @torch.no_grad()
 def _randomise(model: Any) -> None:
-    """The library's initial biases and norms are all 0 and 1: mistakes there would not show."""
+    unsettle(model, 0.1)
     for name, parameter in model.named_parameters():
-        if parameter.dim() == 1:
-            parameter.add_(torch.randn_like(parameter) * 0.1)
-        else:  # outputs and gradients of the order of 1, where absolute bounds mean something
+        if parameter.dim() > 1:  # outputs and gradients near 1, where absolute bounds mean something
             parameter.mul_(3.0 if "embed" in name else 2.0)
 
 

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from test_hf_mapping import HF_CONFIG
+from small_qwen2 import HF_CONFIG
 
 from megatron_ztrl.trainer.cpu_compat import cuda_calls
 
@@ -327,7 +326,7 @@ def test_fp4_is_refused() -> None:
         check_support(built(dataclasses.replace(QWEN, transformer={"fp4": "e2m1"}), "te"), "te", BLACKWELL)
 
 
-def test_the_refusal_comes_before_a_model_is_built(tmp_path: Path) -> None:
+def test_the_refusal_comes_before_a_model_is_built() -> None:
     from megatron_ztrl.trainer.backend import block_spec
 
     architecture = Architecture.from_hf_config(HF_CONFIG)

@@ -14,7 +14,7 @@ import pytest
 import torch
 from conversions import TOOL, convert
 from safetensors.torch import save_file
-from test_hf_mapping import HF_CONFIG
+from small_qwen2 import HF_CONFIG
 
 from megatron_ztrl.weights.hf_mapping import Architecture, hf_tensor_shapes
 

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from cases import Case
 from reference import CANARY, reference_path
 from safetensors.torch import load_file
-from test_hf_mapping import HF_CONFIG
+from small_qwen2 import HF_CONFIG
 
 from megatron_ztrl.trainer.export import export_hf
 from megatron_ztrl.weights.hf_checkpoint import load_slices

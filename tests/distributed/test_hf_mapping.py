@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from small_qwen2 import HF_CONFIG
 
 from megatron_ztrl.weights.hf_mapping import (
     Architecture,
@@ -12,20 +13,6 @@ from megatron_ztrl.weights.hf_mapping import (
     megatron_slices,
 )
 
-HF_CONFIG = {
-    "architectures": ["Qwen2ForCausalLM"],
-    "num_hidden_layers": 4,
-    "hidden_size": 8,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "intermediate_size": 12,
-    "vocab_size": 7,
-    "rms_norm_eps": 1e-6,
-    "rope_theta": 1000.0,
-    "max_position_embeddings": 64,
-    "tie_word_embeddings": False,
-    "hidden_act": "silu",
-}
 LAYOUTS = [
     ParallelLayout(),
     ParallelLayout(tensor_size=2),

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from small_qwen2 import make_qwen2
 
 from megatron_ztrl.config.schema import (
     ActorConfig,
@@ -33,10 +34,8 @@ TOKENS = 2048
 
 def save_policy(directory: Path) -> None:
     """Four layers; heads of 64, and matrices whose sides are multiples of 128."""
-    from transformers import Qwen2Config, Qwen2ForCausalLM
-
-    torch.manual_seed(0)
-    config = Qwen2Config(
+    model = make_qwen2(
+        noise=0.1,
         vocab_size=VOCAB_SIZE,
         hidden_size=512,
         intermediate_size=1408,
@@ -46,17 +45,9 @@ def save_policy(directory: Path) -> None:
         max_position_embeddings=2048,
         tie_word_embeddings=False,
         initializer_range=0.04,
-        bos_token_id=None,
         eos_token_id=1,
         pad_token_id=0,
     )
-    model = Qwen2ForCausalLM(config).float()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if (
-                name.endswith("bias") or "norm" in name
-            ):  # they begin at 0 and 1, where mistakes would not show
-                parameter.add_(torch.randn_like(parameter) * 0.1)
     model.save_pretrained(directory)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(QUICKSTART / "base" / name, directory)

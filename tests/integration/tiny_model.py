@@ -3,8 +3,9 @@
 from pathlib import Path
 
 import torch
+from small_qwen2 import make_qwen2
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+from transformers import PreTrainedTokenizerFast
 
 VOCAB_SIZE = 294
 END_OF_TEXT = "<|endoftext|>"
@@ -35,9 +36,10 @@ def byte_tokenizer():
 
 
 def random_qwen2(seed):
-    """fp32, grouped queries, tied embeddings, and biases and norms that are not at their neutral start."""
-    torch.manual_seed(seed)
-    config = Qwen2Config(
+    """Grouped queries and tied embeddings."""
+    return make_qwen2(
+        seed=seed,
+        noise=0.2,
         vocab_size=VOCAB_SIZE,
         hidden_size=128,
         intermediate_size=256,
@@ -46,17 +48,10 @@ def random_qwen2(seed):
         num_key_value_heads=4,
         max_position_embeddings=1024,
         tie_word_embeddings=True,
-        bos_token_id=None,
         eos_token_id=byte_tokenizer().eos_token_id,
         initializer_range=0.08,
         dtype="float32",
     )
-    model = Qwen2ForCausalLM(config).float().eval()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if name.endswith("bias") or "norm" in name:
-                parameter.add_(torch.randn_like(parameter) * 0.2)
-    return model
 
 
 def save_checkpoint(directory: Path, seed):

@@ -2,23 +2,19 @@
 
 import numpy as np
 import pytest
+from small_qwen2 import HF_CONFIG
 
 from megatron_ztrl.engines.parameters import engine_slices
 from megatron_ztrl.types import TensorSlice
 from megatron_ztrl.weights.hf_mapping import Architecture, ParallelLayout, hf_tensor_shapes, megatron_slices
 from megatron_ztrl.weights.reshard import Transfer, plan
 
-CONFIG = {
-    "architectures": ["Qwen2ForCausalLM"],
+CONFIG = HF_CONFIG | {
     "vocab_size": 294,
     "hidden_size": 16,
     "intermediate_size": 24,
-    "num_hidden_layers": 4,
     "num_attention_heads": 8,
     "num_key_value_heads": 4,
-    "max_position_embeddings": 64,
-    "rms_norm_eps": 1e-6,
-    "hidden_act": "silu",
     "tie_word_embeddings": True,
 }
 
