@@ -9,6 +9,9 @@ from megatron_ztrl.config.schema import Config, WorldConfig
 from megatron_ztrl.data.packing import token_multiple
 from megatron_ztrl.weights.hf_mapping import Architecture, LayoutKeys, ParallelLayout, check_layout
 
+ENGINE_RESERVE_TOKENS = 6
+"""SGLang refuses a request whose tokens reach so far into the end of the context (``max_req_input_len``)."""
+
 
 def resolve_checkpoint(path: str, setting: str = "model.path") -> Path:
     """The local directory that ``setting`` names; a hub id is downloaded, or found in the hub's cache.
@@ -80,6 +83,7 @@ def check_topology(config: Config) -> None:
     policy = read_architecture(resolve_checkpoint(config.model.path))
     if policy.head != "language":
         raise ValueError(f"model.path: {config.model.path} is a critic, it has no language-model head")
+    _check_context(config, policy)
     check_world("actor", config.actor, policy)
     _check_room("actor", config.actor, config)
     if config.algorithm.advantage != "gae":
@@ -96,9 +100,29 @@ def check_topology(config: Config) -> None:
     _check_room("critic", config.critic, config)
 
 
+def _check_context(config: Config, policy: Architecture) -> None:
+    """Refuses rollouts that would outgrow the engine's context, which refuses to go on with them."""
+    longest = _longest_tokens(config)
+    given = config.sglang.server_args.get("context_length")
+    source = (
+        "max_position_embeddings in config.json" if given is None else "sglang.server_args.context_length"
+    )
+    context = given or policy.max_positions
+    if longest + ENGINE_RESERVE_TOKENS > context:
+        raise ValueError(
+            f"rollout.max_response_tokens: data.max_prompt_tokens + rollout.max_response_tokens = {longest} must be at"
+            f" most {context - ENGINE_RESERVE_TOKENS}: the engine's context is {context} tokens ({source}), and it"
+            f" keeps {ENGINE_RESERVE_TOKENS} for itself"
+        )
+
+
+def _longest_tokens(config: Config) -> int:
+    return config.data.max_prompt_tokens + config.rollout.max_response_tokens
+
+
 def _check_room(section: str, world: WorldConfig, config: Config) -> None:
     """Refuses microbatches that the longest rollout does not fit, some day in the middle of the run."""
-    longest = config.data.max_prompt_tokens + config.rollout.max_response_tokens
+    longest = _longest_tokens(config)
     multiple = token_multiple(world, config.megatron.transformer)
     padded = -(-longest // multiple) * multiple
     if world.max_tokens_per_microbatch < padded:
