@@ -8,15 +8,20 @@ from pathlib import Path
 
 import pytest
 from random_policies import config
-from test_hf_mapping import HF_CONFIG
+from small_qwen2 import HF_CONFIG
 
+from megatron_ztrl.config.schema import SGLangConfig
 from megatron_ztrl.trainer.topology import check_topology, resolve_checkpoint
 
 
 @pytest.fixture
 def checkpoint(tmp_path: Path) -> Path:
-    (tmp_path / "config.json").write_text(json.dumps(HF_CONFIG))
-    return tmp_path
+    return save_config(tmp_path, positions=1 << 14)
+
+
+def save_config(directory: Path, positions: int) -> Path:
+    (directory / "config.json").write_text(json.dumps(HF_CONFIG | {"max_position_embeddings": positions}))
+    return directory
 
 
 def test_fitting_layout_passes(checkpoint: Path) -> None:
@@ -55,6 +60,29 @@ def test_a_microbatch_must_hold_the_longest_rollout_with_its_padding(checkpoint:
                 check_topology(tight)
 
 
+@pytest.mark.parametrize(
+    ("positions", "server_args", "source"),
+    [
+        (9222, {}, None),
+        (9221, {}, "9215: the engine's context is 9221 tokens .max_position_embeddings"),
+        (9221, {"context_length": 9222}, None),
+        (1 << 17, {"context_length": 4096}, "4090: .* 4096 tokens .sglang.server_args.context_length"),
+    ],
+)
+def test_the_longest_rollout_must_fit_the_engines_context(
+    tmp_path: Path, positions: int, server_args: dict, source: str | None
+) -> None:
+    chosen = replace(config(save_config(tmp_path, positions)), sglang=SGLangConfig(server_args=server_args))
+    assert chosen.data.max_prompt_tokens + chosen.rollout.max_response_tokens == 9216
+    if source is None:
+        check_topology(chosen)
+    else:
+        with pytest.raises(
+            ValueError, match=rf"^rollout.max_response_tokens: .* = 9216 must be at most {source}"
+        ):
+            check_topology(chosen)
+
+
 def test_missing_directory_is_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"model.path: .*nowhere is not a directory"):
         resolve_checkpoint(str(tmp_path / "nowhere"))
@@ -72,7 +100,7 @@ def test_directory_without_config_is_named(tmp_path: Path) -> None:
         check_topology(config(tmp_path))
 
 
-def test_hub_id_without_network_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hub_id_without_network_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(ValueError, match=r"no directory nobody/nothing, and no such checkpoint on the hub"):
         resolve_checkpoint("nobody/nothing")
