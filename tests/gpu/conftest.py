@@ -18,7 +18,7 @@ from small_policy import save_policy
 @pytest.fixture(scope="session", autouse=True)
 def gpu() -> None:
     if not torch.cuda.is_available():
-        pytest.skip("needs an NVIDIA GPU: torch sees none")
+        pytest.skip("needs an NVIDIA GPU: torch sees none (run tests/gpu by itself)")
     if importlib.util.find_spec("transformer_engine") is None:
         pytest.skip("needs Transformer Engine: make gpu-setup")
 

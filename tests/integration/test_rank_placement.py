@@ -28,6 +28,7 @@ GPUS = 2
 def two_gpus(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     for name, value in (("RAY_AUTH_MODE", "disabled"), ("RAY_USAGE_STATS_ENABLED", "0")):
         monkeypatch.setenv(name, value)  # as a run does: no token in the home directory
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)  # Ray has no more GPUs than are visible
     directory = tempfile.mkdtemp(prefix="ztrl-")  # sockets in it want a short path
     ray.init(
         address="local",
