@@ -108,10 +108,6 @@ class WeightPublisher:
         """Give up what is kept between publishes."""
         await self._transport.close()
 
-    def replace_engines(self, engines: Sequence[EngineClient]) -> None:
-        """Publish to these from now on."""
-        self._engines = list(engines)
-
     async def publish(self, version: int, engines: Sequence[EngineClient] | None = None) -> PublishReport:
         """``deliver``, and then ``verify``."""
         return await self.verify(await self.deliver(version, engines))

@@ -196,9 +196,7 @@ def test_an_interrupted_conversion_leaves_nothing(root: Path, tmp_path: Path) ->
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_result_that_was_damaged_on_its_way_is_discarded(
-    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_result_that_was_damaged_on_its_way_is_discarded(root: Path, tmp_path: Path) -> None:
     conversion = hf_to_megatron(root / "qwen2", ParallelLayout(), None, lambda fields: None)
 
     def write_then_damage(directory: Path, advance: Any) -> None:

@@ -159,9 +159,6 @@ class TensorParallelWorld:
             logprobs = self.model(torch.tensor([token_ids])).logits[0].log_softmax(-1)
         return [logprobs[i, token].item() for i, token in enumerate(token_ids[1:])]
 
-    def kill_rank(self, rank):
-        self._processes[rank].kill()
-
     def close(self):
         for process in self._processes:
             process.kill()
