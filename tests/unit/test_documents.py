@@ -58,6 +58,27 @@ def test_links_between_documents_lead_somewhere():
     assert dead == []
 
 
+def anchors(document: Path) -> set[str]:
+    """What a link may have behind its ``#``, as GitHub makes it of a heading."""
+    headings = re.findall(r"^#+ (.*)$", FENCED.sub("", document.read_text()), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def test_links_to_headings_lead_to_one():
+    links = [
+        (document, file, anchor)
+        for document in DOCUMENTS
+        for file, anchor in re.findall(r"\]\(([^)#:\s]*)#([^)\s]+)", document.read_text())
+    ]
+    assert len(links) > 10
+    dead = [
+        f"{document.relative_to(ROOT)}: {file}#{anchor}"
+        for document, file, anchor in links
+        if anchor not in anchors(document.parent / file if file else document)
+    ]
+    assert dead == []
+
+
 def quoted(document: Path) -> list[str]:
     """What stands between backticks, blocks of code aside."""
     return QUOTED.findall(FENCED.sub("", document.read_text()))
