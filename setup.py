@@ -69,6 +69,7 @@ setup(
             "pytest-asyncio>=1.5",
             "pytest-timeout>=2.4",
             "pytest-xdist>=3.8",
+            "pytest-rerunfailures>=16.1",
             "ruff>=0.17",
             "import-linter>=2.16",
             "mypy>=2.4",

@@ -1,6 +1,6 @@
 """Lets ``pytest -n`` run tests side by side without a loss: what they share is started once, and clocks are respected.
 
-Sequential runs are as they would be without it.
+Sequential runs are as they would be without it, but for the second and third chance of tests that keep limits of time.
 """
 
 from __future__ import annotations
@@ -13,25 +13,35 @@ from pathlib import Path
 import pytest
 
 TESTS = Path(__file__).parent
-ALONE = ("unit/", "integration/sandbox_hostile/", "integration/test_sandbox_")
-"""Where there are limits of time to keep."""
-LONG = "e2e/"
+ORDER = (
+    "distributed/",
+    "e2e/",
+    "integration/",
+    "integration/sandbox_hostile/",
+    "integration/test_sandbox_",
+    "unit/",
+)
+"""Longest first, so that no process waits for another in the end. The last of these with which a path begins counts."""
 SESSIONS = {"root": "checkpoints and gloo ranks", "server": "engine"}
 """Fixtures of a whole session that take long, by name; every other fixture is of one file at most."""
+CHANCES = 3
+"""Of a test with limits of time: a machine that others share may break one, but not so often in turn."""
 
 
-@pytest.hookimpl(tryfirst=True)  # before tests are chosen by their marks, and grouped
-def pytest_collection_modifyitems(items: list[pytest.Function]) -> None:
-    """Says which tests need one and the same process; the longest come first, and those that run alone last."""
+@pytest.hookimpl(wrapper=True, tryfirst=True)  # before pytest-xdist reads the groups
+def pytest_collection_modifyitems(items: list[pytest.Function]) -> Generator[None]:
+    """Says which tests need one and the same process, and puts them in order."""
     for item in items:
-        path = _path(item)
         shared = [group for fixture, group in SESSIONS.items() if fixture in item.fixturenames]
-        if path.startswith(ALONE):
-            item.add_marker(pytest.mark.alone)
-            item.add_marker(pytest.mark.xdist_group("alone"))
-        elif not path.startswith(LONG):
+        path = _path(item)
+        if shared or not path.startswith("e2e/"):
             item.add_marker(pytest.mark.xdist_group(shared[0] if shared else path))
-    items.sort(key=lambda item: (_path(item).startswith(ALONE), not _path(item).startswith(LONG)))
+        if item.get_closest_marker("alone"):
+            item.add_marker(pytest.mark.flaky(reruns=CHANCES - 1))
+    items.sort(
+        key=lambda item: max(place for place, part in enumerate(ORDER) if _path(item).startswith(part))
+    )
+    return (yield)
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)  # the wait is not part of the test's time

@@ -20,7 +20,7 @@ PACKAGE_ROOT = str(Path(ztrl_sandbox.__file__).parent.parent)
 ENVIRONMENT = {**os.environ, "PYTHONPATH": PACKAGE_ROOT, "ZTRL_TEST_SECRET": "s3cr3t-of-the-server"}
 
 
-def until(condition: Callable[[], bool], seconds: float = 10.0) -> bool:
+def until(condition: Callable[[], bool], seconds: float = 30.0) -> bool:
     """Whether ``condition`` comes true in time. Other processes' deaths give a test no event to wait for."""
     deadline = time.monotonic() + seconds
     while not condition():

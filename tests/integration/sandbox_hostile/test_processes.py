@@ -287,6 +287,7 @@ def test_the_limits_of_one_executor_are_not_those_of_another(executor):
 BUSY_CHILDREN = "import os\nfor _ in range(60):\n  if os.fork() == 0: break\nwhile True: pass"
 
 
+@pytest.mark.alone
 @on_tiers("processes")
 def test_sixty_busy_processes_slow_a_neighbour_down_by_a_second_at_most(executor):
     with undisturbed(executor), ThreadPoolExecutor(1) as threads:
