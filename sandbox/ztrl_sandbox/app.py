@@ -94,9 +94,11 @@ def _add_execution(app: FastAPI, pool: WorkerPool, metrics: Metrics, guarded: di
         """Run one snippet, in SandboxFusion's protocol."""
         if body.language != "python":
             return JSONResponse(fusion_failure(f"language {body.language!r} is not supported; use python"))
-        if body.files or body.fetch_files:
-            return JSONResponse(fusion_failure("files and fetch_files are not supported"))
-        return await answer(metrics, request, pool.execute, body.request(), fusion_shape)
+        try:
+            execution = body.request()
+        except ValueError as error:
+            return JSONResponse(fusion_failure(str(error)))
+        return await answer(metrics, request, pool.execute, execution, fusion_shape)
 
 
 def _add_sessions(app: FastAPI, sessions: SessionTable, metrics: Metrics, guarded: dict[str, Any]) -> None:

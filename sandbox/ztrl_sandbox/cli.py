@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import dataclasses
 import json
 import logging
 import sys
@@ -167,13 +166,15 @@ def _run(arguments: argparse.Namespace) -> int:
         run_timeout_seconds=arguments.run_timeout_seconds,
         print_last_expression=arguments.print_last_expression,
     )
+    from ztrl_sandbox.schemas import native_shape  # pydantic takes a moment to load
+
     result, pool = asyncio.run(_run_once(arguments, request))
     isolation = {
         "isolation": pool.tier.name,
         "isolation_reason": pool.tier.reason,
         "isolation_layers": pool.isolation_layers,
     }
-    print(json.dumps({**isolation, **dataclasses.asdict(result)}, indent=2))
+    print(json.dumps({**isolation, **native_shape(result)}, indent=2))
     return 0 if result.status is Status.OK else 1
 
 

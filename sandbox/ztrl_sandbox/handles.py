@@ -19,6 +19,7 @@ from typing import Any
 
 from ztrl_sandbox.capture import PipeReader
 from ztrl_sandbox.cgroup import MemoryCgroups
+from ztrl_sandbox.files import Collection, memory_file, pack
 from ztrl_sandbox.protocol import MEMORY_EXIT_CODE, ExecutionRequest, ExecutionResult, Limits, Status
 
 _logger = logging.getLogger("ztrl_sandbox")
@@ -59,12 +60,13 @@ def _sandbox_error(message: str) -> ExecutionResult:
 class Call:
     """One snippet in a worker."""
 
-    def __init__(self, worker: WorkerHandle, limits: Limits) -> None:
+    def __init__(self, worker: WorkerHandle, limits: Limits, fetch_files: Sequence[str]) -> None:
         loop = asyncio.get_running_loop()
         self.done: asyncio.Future[ExecutionResult] = loop.create_future()
         self.stdout, self.stderr = (
             PipeReader(limits.output_bytes, limits.flood_bytes, lambda: worker.cancel(self)) for _ in range(2)
         )
+        self.collection = Collection(fetch_files) if fetch_files else None
         self.session_alive = False
         """Once done: whether the process, and with it the session's variables, lives on."""
 
@@ -72,10 +74,14 @@ class Call:
         """Resolve with the worker's report; None means that the worker is dead."""
         self.stdout.finish()
         self.stderr.finish()
+        files, remarks = self.collection.finish() if self.collection is not None else ({}, "")
         if self.done.done():
             return  # the caller is gone
         if report is None:
             self.done.set_result(_sandbox_error(message))
+            return
+        if report["reason"] == "not_begun":
+            self.done.set_result(ExecutionResult(status=Status.REJECTED, message=report["message"]))
             return
         self.session_alive = report["alive"]
         status = self._status(report["reason"], report["exit_code"])
@@ -89,6 +95,8 @@ class Call:
                 run_seconds=report["run_seconds"],
                 cpu_seconds=report["cpu_seconds"],
                 peak_memory_bytes=report["peak_memory_bytes"],
+                message=remarks,
+                files=files,
             )
         )
 
@@ -131,6 +139,8 @@ class WorkerHandle:
         self._limits = limits
         self._on_idle = on_idle
         self._call: Call | None = None
+        self._calls = 0
+        """That were started."""
         self._hung: asyncio.TimerHandle | None = None
         self._retiring = False
         self._pidfd = -1
@@ -150,31 +160,40 @@ class WorkerHandle:
             keep: Run it in the session's process, which stays for more.
         """
         assert self._call is None
-        call = self._call = Call(self, self._limits)
+        call = self._call = Call(self, self._limits, request.fetch_files)
         memory_bytes = min(request.memory_limit_bytes or self._limits.memory_bytes, self._limits.memory_bytes)
         options = {
+            "start": True,
+            "number": self._calls,
             "run_timeout_seconds": request.run_timeout_seconds,
             "memory_bytes": memory_bytes,
             "print_last_expression": request.print_last_expression,
             "keep": keep,
+            "fetch": call.collection is not None,
         }
+        self._calls += 1
+        frame = json.dumps(options).encode()
         # Lone surrogates cannot be encoded strictly; the snippet's own parser shall complain, not the server.
-        code_fd = _memory_file(request.code.encode("utf-8", "surrogatepass"))
+        code_fd = memory_file(request.code.encode("utf-8", "surrogatepass"))
         stdin_fd = (
             os.open("/dev/null", os.O_RDONLY)
             if request.stdin is None
-            else _memory_file(request.stdin.encode("utf-8", "surrogatepass"))
+            else memory_file(request.stdin.encode("utf-8", "surrogatepass"))
         )
+        files_fd = [pack(request.files)] if request.files else []
         try:
             # The worker must know of the start before the snippet can have ended.
-            self._control.send(json.dumps({"start": True, **options}).encode())
-            fds = [code_fd, stdin_fd, call.stdout.write_fd, call.stderr.write_fd]
-            socket.send_fds(self._requests, [json.dumps(options).encode()], fds)
+            self._control.send(frame)
+            fds = [code_fd, stdin_fd, call.stdout.write_fd, call.stderr.write_fd, *files_fd]
+            socket.send_fds(self._requests, [frame], fds)
+            if call.collection is not None:
+                collect = {"collect": True, "number": options["number"]}
+                socket.send_fds(self._requests, [json.dumps(collect).encode()], call.collection.fds)
         except (BrokenPipeError, ConnectionResetError):
             self._on_end("the worker died")
         finally:
-            os.close(code_fd)
-            os.close(stdin_fd)
+            for fd in (code_fd, stdin_fd, *files_fd):
+                os.close(fd)
             call.stdout.close_write_end()
             call.stderr.close_write_end()
         if self._call is not None:
@@ -360,12 +379,3 @@ async def _readable(fd: int) -> None:
         await event.wait()
     finally:
         loop.remove_reader(fd)
-
-
-def _memory_file(data: bytes) -> int:
-    fd = os.memfd_create("request", os.MFD_CLOEXEC)
-    view = memoryview(data)
-    while view:
-        view = view[os.write(fd, view) :]
-    os.lseek(fd, 0, os.SEEK_SET)
-    return fd

@@ -199,6 +199,7 @@ def _new_main() -> types.ModuleType:
     main.__dict__["__builtins__"] = builtins
     sys.modules["__main__"] = main
     sys.argv = [_FILENAME]
+    sys.path.insert(0, os.getcwd())  # as for a script that lies there
     return main
 
 

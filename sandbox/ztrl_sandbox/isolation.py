@@ -1,8 +1,8 @@
 """Isolation tiers: what separates a snippet from the host and from its neighbours.
 
-A tier acts at five moments: ``prepare`` (once, in the zygote), ``fork_worker`` (in the zygote), ``confine``
-(once, in the worker), ``enter`` (in each forked snippet process, before it sees any code) and ``end`` (in the
-worker, after the snippet's main process is gone or must go). Adding a tier means adding a class.
+A tier acts at six moments: ``prepare`` (once, in the zygote), ``fork_worker`` (in the zygote), ``confine``
+(once, in the worker), ``enter`` (in each forked snippet process, before it sees any code), ``kill`` and ``end``
+(in the worker, after the snippet's main process is gone or must go). Adding a tier means adding a class.
 """
 
 from __future__ import annotations
@@ -99,6 +99,10 @@ class Isolation(abc.ABC):
         """In the worker: every process of the running snippet."""
 
     @abc.abstractmethod
+    def kill(self) -> None:
+        """In the worker: leave no process of the snippet."""
+
+    @abc.abstractmethod
     def end(self, slot: Slot) -> None:
         """In the worker: leave no process and no file of the snippet, and an empty directory for the next."""
 
@@ -188,8 +192,11 @@ class BasicIsolation(Isolation):
     def processes(self) -> list[int]:
         return proctree.descendants(os.getpid())
 
-    def end(self, slot: Slot) -> None:
+    def kill(self) -> None:
         proctree.kill_children()
+
+    def end(self, slot: Slot) -> None:
+        self.kill()
         remove_tree(slot.scratch_dir)
         self._make_scratch(slot)
 

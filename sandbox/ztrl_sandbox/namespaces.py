@@ -173,14 +173,17 @@ class NamespaceIsolation(Isolation):
     def processes(self) -> list[int]:
         return [int(name) for name in os.listdir("/proc") if name.isdigit() and name != "1"]
 
-    def end(self, slot: Slot) -> None:
+    def kill(self) -> None:
         with contextlib.suppress(ProcessLookupError):  # as a rule the snippet was alone and is gone
             os.kill(-1, signal.SIGKILL)  # atomic: no fork escapes it
         while True:
             try:
                 os.waitpid(-1, 0)
             except ChildProcessError:
-                break
+                return
+
+    def end(self, slot: Slot) -> None:
+        self.kill()
         # Made anew, not emptied: modes and attributes of a directory are residue, too. A tree that cannot be
         # removed ends the worker, and its mounts with it.
         for entry in os.scandir(_SCRATCH):

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import enum
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 MEMORY_EXIT_CODE = 250
 """The snippet process exits with this when a ``MemoryError`` reaches its top level.
@@ -53,6 +54,8 @@ class Limits:
     """Of each stream kept; beyond it the middle is cut."""
     flood_bytes: int = 16 << 20
     """Of each stream after which the snippet is stopped."""
+    fetch_bytes: int = 16 << 20
+    """Of all files together that are fetched from one snippet."""
 
     def __post_init__(self) -> None:
         for name in self.__slots__:
@@ -71,6 +74,10 @@ class ExecutionRequest:
     """None means the server's limit; a larger value is lowered to it."""
     print_last_expression: bool = False
     """As an interactive interpreter does: print the last expression's value if nothing else was printed."""
+    files: Mapping[str, bytes] = field(default_factory=dict, hash=False)
+    """Path → content, put into the working directory before the code runs. Not for sessions."""
+    fetch_files: Sequence[str] = ()
+    """Paths of files to read from the working directory when the code has ended, however it did. Not for sessions."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -90,4 +97,6 @@ class ExecutionResult:
     """Largest resident set of one process, or of the whole tree when that came near its limit; the preloaded
     interpreter is included."""
     message: str = ""
-    """For ``sandbox_error`` and ``rejected``: what failed."""
+    """For ``sandbox_error`` and ``rejected``: what failed. Else which files could not be fetched."""
+    files: Mapping[str, bytes] = field(default_factory=dict, hash=False)
+    """Those of ``fetch_files`` that were there."""

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
+import base64
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from ztrl_sandbox.files import MAX_FILES, path_parts
 from ztrl_sandbox.protocol import ExecutionRequest, ExecutionResult, Status
 
 MAX_RUN_TIMEOUT_SECONDS = 600.0
@@ -75,17 +76,43 @@ class RunCodeBody(BaseModel):
     run_timeout: float = Field(default=10.0, gt=0, le=MAX_RUN_TIMEOUT_SECONDS, description="Seconds.")
     stdin: str | None = None
     memory_limit_MB: int = Field(default=-1, description="Not positive: the server's limit.")
-    files: dict[str, str | None] = Field(default_factory=dict, description="Not supported: must be empty.")
-    fetch_files: list[str] = Field(default_factory=list, description="Not supported: must be empty.")
+    files: dict[str, str | None] = Field(
+        default_factory=dict,
+        description=f"Path → content in base64, at most {MAX_FILES}: put into the working directory before the code "
+        "runs. Paths are relative to it.",
+    )
+    fetch_files: list[str] = Field(
+        default_factory=list,
+        description=f"Paths, at most {MAX_FILES}: files to return from the working directory when the code has ended.",
+    )
 
     def request(self) -> ExecutionRequest:
-        """As the pool takes it."""
+        """As the pool takes it.
+
+        Raises:
+            ValueError: a path or a content is refused.
+        """
+        for name, paths in (("files", self.files), ("fetch_files", self.fetch_files)):
+            if len(paths) > MAX_FILES:
+                raise ValueError(f"{name}: there are {len(paths)}; at most {MAX_FILES} are accepted")
+        contents = {path: content for path, content in self.files.items() if content is not None}
+        for path in (*contents, *self.fetch_files):
+            path_parts(path)
         return ExecutionRequest(
             code=self.code,
             run_timeout_seconds=self.run_timeout,
             stdin=self.stdin,
             memory_limit_bytes=self.memory_limit_MB << 20 if self.memory_limit_MB > 0 else None,
+            files={path: _decoded(path, content) for path, content in contents.items()},
+            fetch_files=self.fetch_files,
         )
+
+
+def _decoded(path: str, content: str) -> bytes:
+    try:
+        return base64.b64decode(content)
+    except ValueError as error:
+        raise ValueError(f"files: the content of {path!r} is not base64: {error}") from None
 
 
 class ExecuteAnswer(BaseModel):
@@ -134,11 +161,13 @@ class RunCodeAnswer(BaseModel):
     """SandboxFusion's answer."""
 
     status: Literal["Success", "Failed", "SandboxError"]
-    message: str
+    message: str = Field(description="Why nothing ran, or which files could not be fetched.")
     compile_result: None
     run_result: dict[str, Any] | None
     executor_pod_name: None
-    files: dict[str, str]
+    files: dict[str, str] = Field(
+        description="Path → content in base64, of the fetched files that were there."
+    )
 
 
 class HealthAnswer(BaseModel):
@@ -177,7 +206,7 @@ class Refusal(BaseModel):
 
 def native_shape(result: ExecutionResult) -> dict[str, Any]:
     """The content of an :class:`ExecuteAnswer`."""
-    return dataclasses.asdict(result)
+    return {name: getattr(result, name) for name in ExecuteAnswer.model_fields}
 
 
 def fusion_failure(message: str) -> dict[str, Any]:
@@ -198,7 +227,7 @@ def fusion_shape(result: ExecutionResult) -> dict[str, Any]:
         return fusion_failure(result.message)
     timed_out = result.status is Status.TIMEOUT
     return {
-        **fusion_failure(""),
+        **fusion_failure(result.message),
         "status": "Success" if result.exit_code == 0 else "Failed",
         "run_result": {
             "status": "TimeLimitExceeded" if timed_out else "Finished",
@@ -207,4 +236,5 @@ def fusion_shape(result: ExecutionResult) -> dict[str, Any]:
             "stdout": result.stdout,
             "stderr": result.stderr,
         },
+        "files": {path: base64.b64encode(content).decode() for path, content in result.files.items()},
     }

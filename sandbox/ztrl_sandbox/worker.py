@@ -8,13 +8,14 @@ Two SOCK_SEQPACKET sockets join a worker to the server:
 
 ``requests``
     server → armed snippet process: one JSON datagram of options with four descriptors (code, stdin, stdout,
-    stderr). The process closes it before it runs the code, unless the request says ``keep``: then it stays for
-    more code of the same session.
+    stderr) and, if there are any, a fifth: the files for its working directory. The process closes it before it
+    runs the code, unless the request says ``keep``: then it stays for more code of the same session.
+    If the request says ``fetch``, ``{"number": n, "collect": true}`` with two descriptors follows, for the process
+    that reads files from the working directory when the snippet has ended.
 ``control``
-    server → worker: ``{"start": true, "run_timeout_seconds": s, ...}`` (sent before the request) and
-    ``{"cancel": true}``; worker → server: ``{"armed": pid}`` once, then one report per request. The snippet's
-    process has no access to it, so it cannot forge a report. End of file means that the server is gone: kill
-    the snippet and exit.
+    server → worker: the same options (sent before the request) and ``{"cancel": true}``; worker → server:
+    ``{"armed": pid}`` once, then one report per request. The snippet's process has no access to it, so it cannot
+    forge a report. End of file means that the server is gone: kill the snippet and exit.
 """
 
 from __future__ import annotations
@@ -31,9 +32,9 @@ import traceback
 from dataclasses import dataclass
 from typing import Any
 
-from ztrl_sandbox import harness, linux, proctree
+from ztrl_sandbox import files, harness, linux, proctree
 from ztrl_sandbox.cgroup import SlotMemory
-from ztrl_sandbox.isolation import Isolation, Slot
+from ztrl_sandbox.isolation import Isolation, Slot, exit_after
 
 _FRAME_BYTES = 4096
 _WATCH_INTERVAL_SECONDS = 0.05
@@ -49,7 +50,8 @@ class _Armed:
     pid: int
     pidfd: int
     ended_fd: int
-    """Read end of a pipe: one byte, the exit code, for each piece of a session's code that ended."""
+    """Read end of a pipe: one byte, the exit code, for each piece of a session's code that ended; or why the code
+    was not begun."""
 
 
 @dataclass(slots=True)
@@ -58,6 +60,8 @@ class _Running:
     deadline: float
     memory_bytes: int
     keep: bool
+    fetch: bool
+    """Whether files are to be collected when it has ended."""
     oom_kills: int = 0
     cpu_seconds_before: float = 0.0
 
@@ -86,6 +90,8 @@ class Worker:
         self._requests = requests
         self._control = control
         self._memory = memory
+        self._call_number = 0
+        """Number of the call that runs, or that the armed process waits for."""
         self._tree_bytes = 0
         self._streams = harness.Streams.ahead_of_time()
         self._mapped_bytes = harness.mapped_bytes()
@@ -112,6 +118,7 @@ class Worker:
             if not report["alive"]:
                 os.close(armed.pidfd)
                 os.close(armed.ended_fd)
+                self._call_number += 1
                 armed = self._arm()
 
     def _send(self, **frame: Any) -> None:
@@ -151,11 +158,17 @@ class Worker:
         kept = sorted((self._requests.fileno(), ended))
         for low, high in zip((2, *kept), (*kept, 1 << 20), strict=True):
             os.closerange(low + 1, high)
-        message, fds, _, _ = socket.recv_fds(self._requests, _FRAME_BYTES, 4, socket.MSG_CMSG_CLOEXEC)
-        if not message:
+        taken = self._take("start")
+        if taken is None:
             return 0
-        options = json.loads(message.decode())
+        options, fds = taken
         keep = options.get("keep", False)
+        if len(fds) > 4:
+            try:
+                files.unpack(fds.pop())
+            except OSError as error:  # the code has not begun: nobody else can have written to the pipe
+                os.write(ended, f"the files cannot be put into the working directory: {error}"[:300].encode())
+                return 1
         timeout_seconds = None if keep else options["run_timeout_seconds"]
         harness.apply_rlimits(self._mapped_bytes + options["memory_bytes"], timeout_seconds)
         if keep:
@@ -165,6 +178,21 @@ class Worker:
         self._streams.connect(*fds[1:])
         os.closerange(3, 1 << 20)
         return harness.run(source, print_last_expression=options["print_last_expression"])
+
+    def _take(self, kind: str) -> tuple[dict[str, Any], list[int]] | None:
+        """In a forked process: the next datagram that is for it. None: the server is gone.
+
+        One that was killed early can have left its own unread.
+        """
+        while True:
+            message, fds, _, _ = socket.recv_fds(self._requests, _FRAME_BYTES, 5, socket.MSG_CMSG_CLOEXEC)
+            if not message:
+                return None
+            options = json.loads(message.decode())
+            if options["number"] == self._call_number and kind in options:
+                return options, fds
+            for fd in fds:
+                os.close(fd)
 
     def _await_start(self, armed: _Armed) -> _Running | None:
         """Wait for the next start frame. None: the server is gone, or the waiting process died."""
@@ -184,8 +212,13 @@ class Worker:
 
     def _begin(self, armed: _Armed, frame: dict[str, Any]) -> _Running:
         now = time.monotonic()
+        self._call_number = frame["number"]
         running = _Running(
-            now, now + frame["run_timeout_seconds"], frame["memory_bytes"], frame.get("keep", False)
+            now,
+            now + frame["run_timeout_seconds"],
+            frame["memory_bytes"],
+            keep=frame.get("keep", False),
+            fetch=frame.get("fetch", False),
         )
         self._tree_bytes = 0
         if self._memory is not None:
@@ -277,15 +310,44 @@ class Worker:
         exit_code = os.waitstatus_to_exitcode(wait_status)
         if self._memory is not None and exit_code != 0 and self._memory.oom_kills() > running.oom_kills:
             reason = reason or "memory"
+        message = ""
+        if exit_code != 0 and not running.keep:
+            message = os.read(armed.ended_fd, _FRAME_BYTES).decode()
+            reason = "not_begun" if message else reason
+        if running.fetch:
+            self._collect()
         self._isolation.end(self._slot)
         return {
             "reason": reason,
+            "message": message,
             "alive": False,
             "exit_code": exit_code,
             "run_seconds": run_seconds,
             "cpu_seconds": usage.ru_utime + usage.ru_stime - running.cpu_seconds_before,
             "peak_memory_bytes": max(self._tree_bytes, usage.ru_maxrss * 1024),
         }
+
+    def _collect(self) -> None:
+        """Have the files that are asked for read by a process that is as confined as the snippet was.
+
+        Not by this one: it may read more than the snippet, and later snippets are forked from its memory.
+        """
+        self._isolation.kill()  # so that nobody changes them
+        pid = os.fork()
+        if pid == 0:
+            exit_after(self._be_collector)
+        os.waitpid(pid, 0)
+
+    def _be_collector(self) -> None:
+        self._control.close()
+        with contextlib.suppress(
+            OSError
+        ):  # a working directory that is gone, or closed; the server sees no end
+            self._isolation.enter(self._slot)
+            taken = self._take("collect")
+            if taken is not None:
+                wanted, collected = taken[1]
+                files.collect(wanted, self._slot.limits.fetch_bytes, collected)
 
 
 def _reap_orphans(snippet: int) -> None:

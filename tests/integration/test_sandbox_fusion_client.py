@@ -1,6 +1,7 @@
 """SandboxFusion's own client, as released, against our executor: programs written for that one work unchanged."""
 
 import asyncio
+import base64
 
 import pytest
 import sandbox_fusion as fusion
@@ -34,6 +35,30 @@ def test_it_understands_how_a_program_ended(endpoint, code, summary, return_code
 def test_what_cannot_be_run_raises_and_says_why(endpoint):
     request = fusion.RunCodeRequest(code="int main() {}", language="cpp")
     with pytest.raises(Exception, match="'cpp' is not supported"):
+        fusion.run_code(request, endpoint=endpoint, max_attempts=1)
+
+
+def test_files_are_given_and_fetched(endpoint):
+    request = fusion.RunCodeRequest(
+        code="import tools; open('sub/out.txt', 'w').write(tools.double(open('sub/in.txt').read()))",
+        language="python",
+        files={
+            "tools.py": base64.b64encode(b"def double(text): return 2 * text").decode(),
+            "sub/in.txt": base64.b64encode("grün".encode()).decode(),
+            "none": None,
+        },
+        fetch_files=["sub/out.txt", "none"],
+    )
+    answer = fusion.run_code(request, endpoint=endpoint, max_attempts=1)
+    assert answer.status is fusion.RunStatus.Success, answer
+    assert {path: base64.b64decode(content).decode() for path, content in answer.files.items()} == {
+        "sub/out.txt": "grüngrün"
+    }
+
+
+def test_a_file_outside_the_working_directory_raises_and_says_why(endpoint):
+    request = fusion.RunCodeRequest(code="", language="python", fetch_files=["../../etc/passwd"])
+    with pytest.raises(Exception, match=r"'\.\./\.\./etc/passwd' is refused"):
         fusion.run_code(request, endpoint=endpoint, max_attempts=1)
 
 
