@@ -19,6 +19,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from megatron_ztrl.observability.console import open_console
 from megatron_ztrl.observability.run_info import gpu_models, memory_bytes
 
 _GIB = 1 << 30
@@ -65,9 +66,11 @@ def to_json(findings: Sequence[Finding]) -> str:
 
 def print_table(findings: Sequence[Finding], console: Console | None = None) -> None:
     """Prints the findings and a verdict."""
-    console = console or Console()
+    console = console or open_console()
     colours = {State.OK: "green", State.LIMITED: "yellow", State.MISSING: "red"}
     table = Table.grid(padding=(0, 2, 0, 0))
+    for _ in range(3):
+        table.add_column(overflow="fold")
     for finding in findings:
         optional = finding.state is State.MISSING and not finding.blocks
         state = Text("absent", "dim") if optional else Text(finding.state, colours[finding.state])

@@ -30,6 +30,7 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
+from megatron_ztrl.observability.console import open_console, print_whole
 from megatron_ztrl.weights.convert import Conversion, check_target, hf_to_megatron, megatron_to_hf
 from megatron_ztrl.weights.describe import Field, shown
 from megatron_ztrl.weights.hf_mapping import ParallelLayout
@@ -40,7 +41,7 @@ DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch
 def main(arguments: list[str] | None = None) -> int:
     """Runs the program; returns its exit code."""
     options = _parser().parse_args(arguments)
-    console = Console(stderr=True)
+    console = open_console(stderr=True)
     torch.set_num_threads(1)  # it only copies and compares: more threads would wait for each other
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # what was written so far goes either way
     try:
@@ -101,7 +102,7 @@ def _show(console: Console, fields: list[Field]) -> None:
     for field in fields:
         cells = [shown(field.values[source]) if source in field.values else "" for source in sources]
         table.add_row(field.name, *cells, style=None if field.agrees else "red")
-    console.print(table)
+    print_whole(console, table)
     unchecked = [field for field in fields if set(field.values) == {"--like"}]
     if unchecked:
         names = ", ".join(f"{field.name} {shown(field.values['--like'])}" for field in unchecked)
@@ -148,10 +149,9 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
-    return number
+    if not (text.isdecimal() and int(text) > 0):
+        raise argparse.ArgumentTypeError(f"must be a whole number above 0, got {text!r}")
+    return int(text)
 
 
 if __name__ == "__main__":

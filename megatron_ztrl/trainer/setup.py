@@ -64,7 +64,11 @@ def init_distributed(layout: ParallelLayout, rank: int, init_method: str, seed: 
 def transformer_config(
     config: Config, world: WorldConfig, architecture: Architecture, backend: Backend
 ) -> TransformerConfig:
-    """Shape from the checkpoint, layout from ``world``, the rest from ``megatron.transformer``."""
+    """Shape from the checkpoint, layout from ``world``, the rest from ``megatron.transformer``.
+
+    Raises:
+        ValueError: Megatron refuses what ``megatron.transformer`` asks for.
+    """
     dtype = DTYPES[config.model.dtype]
     options: dict[str, Any] = {
         "num_layers": architecture.num_layers,
@@ -105,7 +109,15 @@ def transformer_config(
         "finalize_model_grads_func": _finalize_without_scaling,
     }
     native = native_values("megatron.transformer", TransformerConfig, config.megatron.transformer)
-    return TransformerConfig(**(options | platform_options(backend) | native))
+    try:
+        return TransformerConfig(**(options | platform_options(backend) | native))
+    except (ValueError, AssertionError) as error:
+        if not native:  # then it is not the user's
+            raise
+        reason = " ".join(str(error).split()) or "it says no more"
+        raise ValueError(
+            f"megatron.transformer: Megatron refuses {config.megatron.transformer}: {reason}"
+        ) from error
 
 
 def _finalize_without_scaling(

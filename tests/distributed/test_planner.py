@@ -166,6 +166,22 @@ def test_the_command_prints_draws_and_writes(tmp_path: Path, capsys: pytest.Capt
     printed = capsys.readouterr().out
     assert "Memory of one GPU (GB)" in printed
     assert "Quickest layouts of 24 GPUs" in printed
+    assert "…" not in printed  # a narrow console would cut columns
+    header = next(line for line in printed.splitlines() if "layout" in line and "┃" in line)
+    assert header.replace("┃", " ").split() == (
+        [
+            "world",
+            "layout",
+            "stage",
+            "weights",
+            "gradients",
+            "optimizer",
+            "activations",
+            "working",
+            "reserved",
+            "total",
+        ]
+    )
     assert files[0].read_bytes().startswith(b"\x89PNG")
     found = json.loads(files[1].read_text())
     (actor,) = found["plan"]["worlds"]
@@ -175,11 +191,40 @@ def test_the_command_prints_draws_and_writes(tmp_path: Path, capsys: pytest.Capt
     assert len(found["suggestions"]) == 5
 
 
+def test_the_overrides_of_a_suggestion_make_the_configuration_that_was_suggested(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    options = ["--model", "qwen2.5-32b", "algorithm.advantage=gae"]
+    recompute = ["recompute_granularity=full", "recompute_method=uniform", "recompute_num_layers=1"]
+    before = [f"megatron.transformer.{word}" for word in recompute]
+    assert cli.main(["plan", str(EXAMPLE), *options, *before, "--gpus", "48"]) == 0
+    printed = capsys.readouterr().out
+    first = printed[printed.index("Quickest") :].splitlines()[4].replace("│", " ").split()
+    overrides = printed.partition("The first, as overrides: ")[2].split()
+    assert any(word.startswith("critic.") for word in overrides)
+    assert cli.main(["plan", str(EXAMPLE), *options, *before, *overrides]) == 0
+    again = capsys.readouterr().out
+    assert "Fits." in again
+    step = next(line for line in again.splitlines() if line.startswith("step"))
+    assert float(step.split()[1].replace(",", "")) == pytest.approx(float(first[-1]), abs=0.06)
+
+
 def test_the_command_says_from_how_many_gpus_on_a_model_fits(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["plan", str(EXAMPLE), "--model", "qwen2.5-32b", "--gpus", "8"]) == 0
     printed = " ".join(capsys.readouterr().out.split())
     assert "Does not fit" in printed
     assert "No layout of 8 GPUs fits; the first whole nodes that fit: 24 GPUs" in printed
+
+
+def test_what_megatron_refuses_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert (
+        cli.main(["plan", str(EXAMPLE), "megatron.transformer.recompute_granularity=full"]) == cli.USER_ERROR
+    )
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(
+        "error: megatron.transformer: Megatron refuses {'recompute_granularity': 'full'}: "
+    )
+    assert "recompute" in line.partition("}: ")[2]
 
 
 def test_the_command_refuses_a_layout_that_the_model_cannot_have(capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,9 +8,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 from megatron_ztrl.config.schema import Config
+from megatron_ztrl.observability.console import open_console
 from megatron_ztrl.trainer.planner.hardware import Hardware
 from megatron_ztrl.trainer.planner.models import PRESETS
 from megatron_ztrl.trainer.topology import check_world, read_architecture
@@ -40,17 +39,28 @@ def run_plan(config: Config, options: Options) -> None:
     Raises:
         ValueError: the model's shape is not known here, or the layout does not fit it.
     """
-    name, policy = find_architecture(options.model or config.model.path)
-    critic = policy if config.critic.path is None else find_architecture(config.critic.path)[1]
+    if options.model is None:
+        name, policy = find_architecture(config.model.path)
+    else:
+        name, policy = find_architecture(options.model, "--model")
+    critic = policy
+    if config.critic.path is not None and config.algorithm.advantage == "gae":
+        critic = find_architecture(config.critic.path, "critic.path")[1]
     check_world("actor", config.actor, policy)
     if config.algorithm.advantage == "gae":
         check_world("critic", config.critic, critic)
+    # Megatron's: about optional packages, and about defaults of its own that are deprecated.
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Megatron's about optional packages, at import
-        from megatron_ztrl.trainer.planner.layouts import least_gpus, suggest
-        from megatron_ztrl.trainer.planner.plan import Subject, make_plan
-        from megatron_ztrl.trainer.planner.step_time import Workload
-        from megatron_ztrl.trainer.planner.table import print_plan, print_suggestions
+        warnings.simplefilter("ignore")
+        _plan(config, options, name, policy, critic)
+
+
+def _plan(config: Config, options: Options, name: str, policy: Architecture, critic: Architecture) -> None:
+    from megatron_ztrl.trainer.planner.layouts import least_gpus, suggest
+    from megatron_ztrl.trainer.planner.plan import Subject, make_plan
+    from megatron_ztrl.trainer.planner.step_time import Workload
+    from megatron_ztrl.trainer.planner.table import print_plan, print_suggestions
+
     subject = Subject(
         model=name,
         policy=policy,
@@ -61,22 +71,26 @@ def run_plan(config: Config, options: Options) -> None:
         ),
         backend="te" if config.model.backend != "local" and config.model.dtype == "bfloat16" else "local",
     )
-    console = Console()
+    console = open_console()
     plan = make_plan(config, subject)
     print_plan(plan, console)
     suggestions = []
     if options.gpus is not None:
         suggestions = suggest(config, subject, options.gpus, SUGGESTIONS)
         least = None if suggestions else least_gpus(config, subject)
-        print_suggestions(options.gpus, suggestions, least, console)
+        print_suggestions(options.gpus, suggestions, least, config, console)
     if options.json:
         options.json.write_text(json.dumps(_to_json(plan, suggestions), indent=2) + "\n")
     if options.png:
         _draw(plan, suggestions, options.png)
 
 
-def find_architecture(path: str) -> tuple[str, Architecture]:
+def find_architecture(path: str, setting: str = "model.path") -> tuple[str, Architecture]:
     """Name and shape of a preset, of a hub id that ends like one, or of a local checkpoint.
+
+    Args:
+        path: What was given.
+        setting: Where, for the error.
 
     Raises:
         ValueError: it is none of these.
@@ -84,11 +98,11 @@ def find_architecture(path: str) -> tuple[str, Architecture]:
     name = path.rpartition("/")[2].lower()
     directory = Path(path).expanduser()
     if directory.is_dir():
-        return directory.resolve().name, read_architecture(directory)
+        return directory.resolve().name, read_architecture(directory, setting)
     if name in PRESETS:
         return name, Architecture.from_hf_config(PRESETS[name])
     raise ValueError(
-        f"model.path: planning needs the config.json of {path}: give a local directory, or --model"
+        f"{setting}: planning needs the config.json of {path}: give a local directory, or one of"
         f" {', '.join(PRESETS)}"
     )
 

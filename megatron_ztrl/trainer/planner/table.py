@@ -6,22 +6,30 @@ from collections.abc import Sequence
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
+from megatron_ztrl.config.schema import Config
+from megatron_ztrl.observability.console import print_whole
 from megatron_ztrl.trainer.planner.hardware import Line
 from megatron_ztrl.trainer.planner.plan import Plan, StagePlan, WorldPlan
 from megatron_ztrl.trainer.planner.working import components, engine_lines, shown, world_lines
 
 _STAGES_SHOWN = 6
 _COLUMNS = ("weights", "gradients", "optimizer", "activations", "working", "reserved")
+_WORLD = (
+    *("tensor_parallel_size", "pipeline_parallel_size", "virtual_pipeline_size", "context_parallel_size"),
+    *("data_parallel_size", "sequence_parallel"),
+)
+_SEARCHED = {"actor": _WORLD, "critic": _WORLD, "engine": ("count", "tensor_parallel_size")}
+"""Keys in which a suggestion may differ, megatron.transformer aside."""
 
 
 def print_plan(plan: Plan, console: Console) -> None:
     """Everything about one configuration."""
     hardware = plan.subject.hardware
-    console.print(
-        f"[bold]{plan.subject.model}[/] on {plan.gpus} × {hardware.name}"
-        f" ({hardware.memory_bytes / 1e9:.0f} GB = {hardware.memory_bytes / 2**30:.1f} GiB each)\n"
-    )
+    each = f"{hardware.memory_bytes / 1e9:.0f} GB = {hardware.memory_bytes / 2**30:.1f} GiB each"
+    heading = Text.assemble((plan.subject.model, "bold"), f" on {plan.gpus} × {hardware.name} ({each})\n")
+    console.print(heading, soft_wrap=True)
     _print_memory(plan, console)
     for world in plan.worlds:
         _print_lines(f"{world.name}, a GPU of stage {world.largest.stage}", world_lines(plan, world), console)
@@ -44,17 +52,28 @@ def print_plan(plan: Plan, console: Console) -> None:
     if plan.problems:
         console.print("[bold red]Does not fit:[/]")
         for problem in plan.problems:
-            console.print(f"  {problem}")
+            console.print(Text(f"  {problem}"), soft_wrap=True)
     else:
         console.print("[bold green]Fits.[/]")
 
 
-def print_suggestions(gpus: int, plans: Sequence[Plan], least: int | None, console: Console) -> None:
-    """The quickest layouts, or the number of GPUs that would be needed."""
+def print_suggestions(
+    gpus: int, plans: Sequence[Plan], least: int | None, configured: Config, console: Console
+) -> None:
+    """The quickest layouts, or the number of GPUs that would be needed.
+
+    Args:
+        gpus: What was searched for.
+        plans: The layouts, the quickest first.
+        least: GPUs that would be enough, where there is no layout.
+        configured: What they are an alternative to.
+        console: Where to print.
+    """
     if not plans:
         fewest = "no number tried fits" if least is None else f"the first whole nodes that fit: {least} GPUs"
         console.print(f"\n[bold red]No layout of {gpus} GPUs fits[/]; {fewest}.")
         return
+    console.print()
     table = Table(title=f"Quickest layouts of {gpus} GPUs", title_justify="left")
     for name in ("training ranks", "engines", "recompute"):
         table.add_column(name)
@@ -70,7 +89,23 @@ def print_suggestions(gpus: int, plans: Sequence[Plan], least: int | None, conso
             *(f"{line.amount:.1f}" for line in plan.times),
             f"{plan.step_seconds:.1f}",
         )
-    console.print(table)
+    print_whole(console, table)
+    words = " ".join(_overrides(plans[0], configured)) or "it is the configuration as it is"
+    console.print(Text(f"The first, as overrides: {words}"), soft_wrap=True)
+
+
+def _overrides(plan: Plan, configured: Config) -> list[str]:
+    """What makes the configuration the planned one."""
+    words = []
+    for section, names in _SEARCHED.items():
+        new, old = getattr(plan.config, section), getattr(configured, section)
+        for name in names if section != "critic" or configured.algorithm.advantage == "gae" else ():
+            if (value := getattr(new, name)) != getattr(old, name):
+                words.append(f"{section}.{name}={str(value).lower()}")
+    new, old = plan.config.megatron.transformer, configured.megatron.transformer
+    for name in sorted(key for key in new.keys() | old.keys() if new.get(key) != old.get(key)):
+        words.append(f"megatron.transformer.{name}={new.get(name, 'null')}")
+    return words
 
 
 def _print_memory(plan: Plan, console: Console) -> None:
@@ -91,7 +126,7 @@ def _print_memory(plan: Plan, console: Console) -> None:
                 *(f"{parts[name] / 1e9:.2f}" if name in parts else "" for name in _COLUMNS),
                 f"[red]{total}[/]" if too_much else total,
             )
-    console.print(table)
+    print_whole(console, table)
 
 
 def shown_stages(world: WorldPlan) -> list[StagePlan]:
@@ -103,9 +138,9 @@ def shown_stages(world: WorldPlan) -> list[StagePlan]:
 
 def _print_lines(title: str, lines: Sequence[Line], console: Console) -> None:
     table = Table(title=title, title_justify="left", show_header=False, box=None, pad_edge=False)
-    table.add_column(style="bold")
+    table.add_column(style="bold", no_wrap=True)
     table.add_column(justify="right", no_wrap=True)
-    table.add_column(style="dim")
+    table.add_column(style="dim", overflow="fold")
     for line in lines:
         table.add_row(line.name, shown(line), line.working)
     console.print(table)
