@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import dataclasses
 import errno
+import math
 import os
 import signal
 import sys
@@ -13,6 +14,8 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
+
+from megatron_ztrl import __version__
 
 if TYPE_CHECKING:
     from megatron_ztrl.config.schema import Config
@@ -84,8 +87,8 @@ def _evaluate(options: argparse.Namespace) -> int:
 
 def _plan(options: argparse.Namespace) -> int:
     for option, path in (("--png", options.png), ("--json", options.json)):
-        if path is not None and not path.absolute().parent.is_dir():
-            raise ValueError(f"{option}: there is no directory {path.absolute().parent}")
+        if path is not None:
+            _check_writable(option, path.absolute())
     from megatron_ztrl.config.load import check_config
     from megatron_ztrl.config.native import check_native
 
@@ -95,6 +98,16 @@ def _plan(options: argparse.Namespace) -> int:
     with _ending_with_the_reader():
         run_plan(config, Options(**{f.name: getattr(options, f.name) for f in dataclasses.fields(Options)}))
     return 0
+
+
+def _check_writable(option: str, path: Path) -> None:
+    """Refuses a file that could not be written, before there is anything to write."""
+    if not path.parent.is_dir():
+        raise ValueError(f"{option}: there is no directory {path.parent}")
+    if path.is_dir():
+        raise ValueError(f"{option}: {path} is a directory; name a file")
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise ValueError(f"{option}: no permission to write {path}")
 
 
 def _engines(options: argparse.Namespace) -> int:
@@ -161,6 +174,7 @@ def _parser() -> _Parser:
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    parser.add_argument("--version", action="version", version=f"ztrl {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
 
     def add(name: str, command: object, summary: str) -> _Parser:
@@ -206,17 +220,49 @@ def _parser() -> _Parser:
 
 
 def _add_plan_options(plan: argparse.ArgumentParser) -> None:
-    plan.add_argument("--model", help="a well-known shape in place of model.path, e.g. qwen2.5-7b")
-    plan.add_argument("--gpus", type=int, help="also search for the quickest layouts of so many GPUs")
-    plan.add_argument("--memory-gb", type=float, default=80.0, help="of one GPU, in 10^9 bytes (default 80)")
     plan.add_argument(
-        "--prompt-tokens", type=float, help="mean; default: a quarter of data.max_prompt_tokens"
+        "--model", help="a well-known shape (qwen2.5-1.5b, -7b, -32b) or a local checkpoint, not model.path"
     )
     plan.add_argument(
-        "--response-tokens", type=float, help="mean; default: half of rollout.max_response_tokens"
+        "--gpus", type=_count, metavar="COUNT", help="also search for the quickest layouts of so many GPUs"
+    )
+    plan.add_argument(
+        "--memory-gb",
+        type=_positive,
+        default=80.0,
+        metavar="GB",
+        help="of one GPU, in 10^9 bytes (default 80)",
+    )
+    plan.add_argument(
+        "--prompt-tokens",
+        type=_positive,
+        metavar="MEAN",
+        help="of a prompt; default: a quarter of data.max_prompt_tokens",
+    )
+    plan.add_argument(
+        "--response-tokens",
+        type=_positive,
+        metavar="MEAN",
+        help="of a response; default: half of rollout.max_response_tokens",
     )
     plan.add_argument("--png", type=Path, metavar="FILE", help="draw it")
     plan.add_argument("--json", type=Path, metavar="FILE", help="write its figures")
+
+
+def _count(text: str) -> int:
+    if not (text.isdecimal() and int(text) > 0):
+        raise argparse.ArgumentTypeError(f"must be a whole number above 0, got {text!r}")
+    return int(text)
+
+
+def _positive(text: str) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not 0 < number < math.inf:
+        raise argparse.ArgumentTypeError(f"must be a number above 0, got {text!r}")
+    return number
 
 
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:
@@ -224,6 +270,10 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = _parser()
     options, rest = parser.parse_known_args(arguments)
     for word in rest:
+        if "config" in options and word.startswith("--") and "." in word.partition("=")[0]:
+            options.parser.error(
+                f"unrecognized argument: {word}; overrides have no dashes: {word.lstrip('-')}"
+            )
         if word.startswith("-") or "words" not in options:
             options.parser.error(f"unrecognized argument: {word}")
         options.words = [*options.words, word]

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_ztrl import cli
+from megatron_ztrl import __version__, cli
 from megatron_ztrl.config.load import ConfigError
 from megatron_ztrl.runtime.services import ServerDied
 
@@ -31,7 +31,7 @@ MODEL = {
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "vocab_size": 300,
-    "max_position_embeddings": 512,
+    "max_position_embeddings": 16384,
     "rms_norm_eps": 1e-6,
     "rope_theta": 10000.0,
     "tie_word_embeddings": True,
@@ -175,6 +175,67 @@ def test_what_cannot_be_read_or_written_is_one_line(config: Path, tmp_path: Path
     assert "not a run directory" in refusal("report", tmp_path / "file")
     (tmp_path / "metrics.jsonl").mkdir()
     assert "Is a directory" in refusal("report", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("--gpus=0", "argument --gpus: must be a whole number above 0, got '0'"),
+        ("--gpus=8.5", "argument --gpus: must be a whole number above 0, got '8.5'"),
+        ("--memory-gb=-80", "argument --memory-gb: must be a number above 0, got '-80'"),
+        ("--memory-gb=nan", "argument --memory-gb: must be a number above 0, got 'nan'"),
+        ("--prompt-tokens=many", "argument --prompt-tokens: must be a number above 0, got 'many'"),
+        ("--rollout.x=1", "unrecognized argument: --rollout.x=1; overrides have no dashes: rollout.x=1"),
+    ],
+)
+def test_an_option_with_a_wrong_value_is_one_line(
+    option: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["plan", "c.yaml", option])
+    assert caught.value.code == cli.USER_ERROR
+    assert capsys.readouterr().err == f"error: {message} (see ztrl plan --help)\n"
+
+
+@pytest.mark.parametrize("option", ["--png", "--json"])
+def test_a_plan_that_could_not_be_written_is_not_made(
+    option: str, config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["plan", str(config), option, str(tmp_path)]) == cli.USER_ERROR
+    captured = capsys.readouterr()
+    assert captured.err == f"error: {option}: {tmp_path} is a directory; name a file\n"
+    assert captured.out == ""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "setting"),
+    [
+        (["--model", "qwen9"], "--model"),
+        (["model.path=qwen9"], "model.path"),
+        (["algorithm.advantage=gae", "critic.path=qwen9"], "critic.path"),
+    ],
+)
+def test_a_shape_that_is_not_known_is_named_with_the_key_that_names_it(
+    arguments: list[str], setting: str, config: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["plan", str(config), *arguments]) == cli.USER_ERROR
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {setting}: planning needs the config.json of qwen9: ")
+    assert len(error.splitlines()) == 1
+
+
+def test_the_version_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["--version"])
+    assert caught.value.code == 0
+    assert capsys.readouterr().out == f"ztrl {__version__}\n"
+
+
+def test_an_evaluation_of_no_n_is_one_line(config: Path) -> None:
+    (config.parent / "problems.jsonl").write_text('{"problem": "1 + 1", "answer": "2"}\n')
+    problems = f"data.eval=[{{name: e, path: {config.parent / 'problems.jsonl'}}}]"
+    message = refusal("eval", config, problems, "eval.env_iterations=[]")
+    assert message == "eval.env_iterations: no N to evaluate at; name one, e.g. [2]"
 
 
 def test_a_reader_that_has_seen_enough_is_no_error(tmp_path: Path) -> None:
