@@ -19,6 +19,8 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, Qwen2ForCausalLM
 
+from megatron_ztrl.observability.console import print_whole
+
 CALL = re.compile(r"```python\n(.*?)```", re.DOTALL)
 ARITHMETIC = re.compile(r"print\(([\d+\-* ]{1,40})\)\s*")
 BOXED = re.compile(r"\\boxed\{([^}]*)\}")
@@ -160,7 +162,7 @@ def print_measurement(
     table = Table("", *rows[0][1], title=f"{num_problems} evaluation problems, temperature 1")
     for label, shares in rows:
         table.add_row(label, *(f"{value:.3f}" for value in shares.values()))
-    console.print(table)
+    print_whole(console, table)
 
 
 def main() -> None:
@@ -168,6 +170,8 @@ def main() -> None:
     parser.add_argument("policy", type=Path, help="directory of a Hugging Face checkpoint")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
+    if not (arguments.policy / "config.json").is_file():
+        parser.error(f"{arguments.policy} is no checkpoint: it has no config.json")
     torch.manual_seed(arguments.seed)
     torch.set_num_threads(1)  # the matrices are too small to share
     tokenizer = AutoTokenizer.from_pretrained(arguments.policy)

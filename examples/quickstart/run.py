@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from megatron_ztrl.cli import main as ztrl
+from megatron_ztrl.observability.console import open_console, print_whole
 
 CONFIG = Path(__file__).parent / "config.yaml"
 CONTROL = (
@@ -29,7 +30,7 @@ def main() -> int:
     options = _parse()
     directory = options.directory or _new_directory(Path("runs/quickstart"))
     control = directory / "control_no_tool"
-    console = Console()
+    console = open_console()
     seed = f"run.seed={options.seed}"
     for title, arguments in (
         ("with the tool", [f"run.directory={directory}", seed]),
@@ -74,8 +75,9 @@ def _print_summary(console: Console, directory: Path) -> None:
     for column in ("", *measures):
         table.add_column(column, justify="right" if column else "left")
     for row in ("before", "after", "control_no_tool"):
-        table.add_row(row, *(f"{summary[row][measure]:.3f}" for measure in measures))
-    console.print(table)
+        if summary[row] is not None:  # with eval.interval_steps=0 nothing was evaluated
+            table.add_row(row, *(f"{summary[row][measure]:.3f}" for measure in measures))
+    print_whole(console, table)
 
 
 if __name__ == "__main__":

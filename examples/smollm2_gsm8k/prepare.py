@@ -153,7 +153,11 @@ def main() -> None:
         "--output", type=Path, default=Path(__file__).parent / "outputs" / "SmolLM2-135M-Instruct"
     )
     arguments = parser.parse_args()
-    reader = GGUFReader(find_gguf())
+    try:
+        weights = find_gguf()
+    except ValueError as error:
+        parser.error(str(error))
+    reader = GGUFReader(weights)
     metadata = read_metadata(reader)
     tokenizer = build_tokenizer(metadata)
     model = build_model(reader, build_config(metadata))
