@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping
@@ -32,12 +33,20 @@ _ETA_WINDOW_STEPS = 10
 class Progress:
     """Shows where a run is. Everything is printed through it, so that lines do not break the live display."""
 
-    def __init__(self, num_steps: int, *, console: Console | None = None) -> None:
-        """``num_steps`` is the step at which the run ends."""
-        self._console = console or Console(stderr=True)
+    def __init__(self, num_steps: int, *, unit: str = "step", console: Console | None = None) -> None:
+        """Nothing is shown yet.
+
+        Args:
+            num_steps: The step at which the run ends.
+            unit: What a step is called.
+            console: In place of stderr.
+        """
+        self._console = console or _standard_error()
         self._num_steps = num_steps
+        self._unit = unit
         self._step = 0
         self._phase = "starting"
+        self._counted = ""
         self._phase_start_seconds = time.monotonic()
         self._step_seconds: deque[float] = deque(maxlen=_ETA_WINDOW_STEPS)
         self._metrics: Mapping[str, float] = {}
@@ -45,7 +54,7 @@ class Progress:
         self._live: Live | None = None
 
     def __enter__(self) -> Self:
-        if self._console.is_terminal:
+        if self._console.is_interactive:
             self._live = Live(get_renderable=self._render, console=self._console, refresh_per_second=4)
             self._live.start()
         return self
@@ -71,10 +80,15 @@ class Progress:
     def phase(self, name: str) -> None:
         """What the run is doing now, e.g. ``generating``; shown on the live display only."""
         self._phase = name
+        self._counted = ""
         self._phase_start_seconds = time.monotonic()
 
+    def count(self, done: int, total: int) -> None:
+        """How far the phase has come; shown on the live display only."""
+        self._counted = f" {done}/{total}"
+
     def resume(self, step: int) -> None:
-        """The run starts at ``step`` instead of 0."""
+        """The run is at ``step``, of which there are no metrics to show."""
         self._step = step
 
     def step(self, step: int, metrics: Mapping[str, float]) -> None:
@@ -84,7 +98,7 @@ class Progress:
         if names.TIME_STEP in metrics:
             self._step_seconds.append(metrics[names.TIME_STEP])
         if self._live is None:
-            self.note(f"step {step}/{self._num_steps}  {self._summary()}")
+            self.note(f"{self._unit} {step}/{self._num_steps}  {self._summary()}")
 
     def note(self, message: str) -> None:
         """Prints a line above the live display."""
@@ -112,13 +126,18 @@ class Progress:
     def _render(self) -> RenderableType:
         line = Table.grid(padding=(0, 1))
         spent = format_duration(time.monotonic() - self._phase_start_seconds)
-        self._spinner.update(text=Text(f"{self._phase} {spent}", style="cyan"))
+        self._spinner.update(text=Text(f"{self._phase}{self._counted} {spent}", style="cyan"))
         line.add_row(
-            Text(f"step {self._step}/{self._num_steps}", style="bold"),
+            Text(f"{self._unit} {self._step}/{self._num_steps}", style="bold"),
             ProgressBar(total=self._num_steps, completed=self._step, width=32, complete_style="cyan"),
             self._spinner,
         )
         return Group(line, Text(self._summary(), style="dim"))
+
+
+def _standard_error() -> Console:
+    """Never takes a file for a terminal: ``FORCE_COLOR`` would, and fill the logs of a CI with control characters."""
+    return Console(stderr=True, force_terminal=None if sys.stderr.isatty() else False)
 
 
 def format_duration(seconds: float) -> str:

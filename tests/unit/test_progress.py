@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import io
+import os
+import re
+import subprocess
+import sys
 
 import pytest
 from rich.console import Console
@@ -53,6 +57,50 @@ def test_the_time_left_follows_the_last_ten_steps_only() -> None:
     for step in range(1, 21):
         progress.step(step, {names.TIME_STEP: 100.0 if step <= 10 else 3.0})
     assert progress.eta_seconds() == pytest.approx(80 * 3.0)
+
+
+@pytest.mark.parametrize("environment", [{"FORCE_COLOR": "1"}, {"TTY_COMPATIBLE": "1"}, {"TERM": "dumb"}, {}])
+def test_a_log_file_never_gets_control_characters(environment: dict[str, str]) -> None:
+    program = (
+        "from megatron_ztrl.observability.progress import Progress\n"
+        "with Progress(2) as progress:\n"
+        "    with progress.startup('Ray'): pass\n"
+        "    progress.phase('rollouts'); progress.count(1, 4)\n"
+        "    progress.step(1, {'train/reward': 0.5}); progress.note('[a/b] https://c')\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        stderr=subprocess.PIPE,
+        text=True,
+        check=True,
+        env={**os.environ, **environment},
+    )
+    first, second, *rest = done.stderr.splitlines()
+    assert first == "Ray ..." and re.fullmatch(r"Ray: ready in \d+\.\d s", second)
+    assert rest == ["step 1/2  reward 0.500", "[a/b] https://c"]
+
+
+def test_a_dumb_terminal_gets_the_lines_of_a_file() -> None:
+    console = Console(file=io.StringIO(), force_terminal=True, _environ={"TERM": "dumb"})
+    with Progress(2, console=console) as progress:
+        progress.step(1, {names.TRAIN_REWARD: 0.5})
+    assert "step 1/2  reward 0.500" in console.file.getvalue()  # type: ignore[attr-defined]
+
+
+def test_a_display_says_how_many_of_a_phase_are_done_until_the_next_one_begins() -> None:
+    console = Console(file=io.StringIO(), width=120, force_terminal=True, _environ={})
+    with Progress(4, unit="evaluation", console=console) as progress:
+        assert progress._live is not None
+        progress.phase("evaluating at N = 2")
+        progress.count(37, 256)
+        progress._live.refresh()
+        progress.resume(1)
+        progress.phase("evaluating at N = 4")
+        progress._live.refresh()
+    text = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "evaluation 0/4" in text and "evaluating at N = 2 37/256" in text
+    assert "evaluation 1/4" in text and "evaluating at N = 4 " in text
+    assert "N = 4 37/256" not in text
 
 
 @pytest.mark.parametrize(("seconds", "text"), [(4.4, "4 s"), (60, "1:00"), (187, "3:07"), (7387, "2:03:07")])
