@@ -17,6 +17,7 @@ from random_policies import STEPS, config, packed, spread
 from reference import CANARY, reference_path
 
 from megatron_ztrl.config.schema import Config
+from megatron_ztrl.data.packing import with_per_token
 from megatron_ztrl.types import TensorSlice
 
 _meetings: Counter[int] = Counter()
@@ -112,8 +113,8 @@ def run_checkpoint_cases(
     """Every pair saves under one layout and goes on, and loads under another and goes on.
 
     Returns:
-        Both continuations by pair; ``other settings``, of a run that resumes with them; and ``failed write``: what a
-        save says that could not write.
+        Both continuations by pair; ``other settings``, of a run that resumes with them; ``failed write``: what a save
+        says that could not write; and ``no number``: what a step says whose gradients are NaN.
     """
     results: dict[str, Any] = {}
     for saver, loader in pairs:
@@ -126,6 +127,7 @@ def run_checkpoint_cases(
     directory = root / f"checkpoint-{saver.name}-{loader.name}"
     results["other settings"] = _resume_with_other_settings(loader, rank, scratch, root, directory)
     results["failed write"] = _fail_to_write(pairs[0][0], rank, scratch, root)
+    results["no number"] = _train_on_nan(loader, rank, scratch, root)
     return results
 
 
@@ -222,6 +224,23 @@ def _fail_to_write(case: Case, rank: int, scratch: Path, root: Path) -> str:
         finally:
             model.close()
     return ""
+
+
+def _train_on_nan(case: Case, rank: int, scratch: Path, root: Path) -> dict[str, Any]:
+    """The error, and whether the weights are what they were."""
+    model = build(case, rank, scratch, root)
+    targets = torch.load(reference_path(root, case.checkpoint), weights_only=False)["targets"]
+    batch = packed(targets, dp=case.dp, tokens=case.tokens, multiple=case.tp)
+    nan = [[np.full(mb.loss_mask_T.shape, np.nan) for mb in replica] for replica in batch.microbatches]
+    before = {name: model.parameter(name).clone() for name in model._parameters}
+    error = ""
+    try:
+        model.train_step(with_per_token(batch, "advantages", nan), 0)
+    except RuntimeError as raised:
+        error = str(raised)
+    unchanged = all(torch.equal(model.parameter(name), weight) for name, weight in before.items())
+    model.close()
+    return {"error": error, "unchanged": unchanged}
 
 
 @contextlib.contextmanager

@@ -95,6 +95,14 @@ def test_a_failed_write_is_raised_where_training_goes_on(
         assert results["failed write"] == f"{file} could not be written: no space left on device"
 
 
+def test_a_step_whose_gradients_are_no_numbers_is_refused_and_leaves_the_weights(
+    checkpoints: list[dict[str, Any]],
+) -> None:
+    for results in checkpoints:
+        assert "found NaN in local grad norm" in results["no number"]["error"]
+        assert results["no number"]["unchanged"]
+
+
 class AdamWithTypes(torch.optim.Optimizer):
     """Stands for Transformer Engine's, which needs a GPU: both arguments of ``initialize_state`` are required."""
 
