@@ -5,14 +5,16 @@ is made of torch's process-group objects directly on a store: neither end's defa
 private function of torch is called.
 
 Nothing is written before everybody is ready: each publish begins at a gate that opens when all members have
-checked what they will do, or closes with the reason of whoever refused. A member that fails later leaves the
-group, which ends the waiting of its peers at once; what became of everyone is in their reports.
+checked what they will do, or closes with the reason of whoever refused; two gates before it are passed once, when
+the group is formed. A member that fails later leaves the group, which ends the waiting of its peers at once; what
+became of everyone is in their reports.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
+import queue
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -23,8 +25,11 @@ import torch
 import torch.distributed as dist
 
 CONNECT_SECONDS = 60.0
-"""The longest that members who are all present take to connect."""
+"""The longest that members who are all present take to connect. Who has died meanwhile is not waited for so long."""
 JOINED = "joined"
+CONNECTED = "connected"
+FORMING = (JOINED, CONNECTED)
+"""The gates that a member passes once."""
 OPEN = "open"
 
 
@@ -89,8 +94,14 @@ class Member:
             Refused: somebody closed it.
             RuntimeError: not everybody came within the time-out.
         """
-        if self._store.add(f"{name}/arrived", 1) == self.group.world_size:
-            close_gate(self._store, name, OPEN)
+        self._arrive(self._store, name)
+        self._await_verdict(name)
+
+    def _arrive(self, store: dist.Store, name: str) -> None:
+        if store.add(f"{name}/arrived", 1) == self.group.world_size:
+            close_gate(store, name, OPEN)
+
+    def _await_verdict(self, name: str) -> None:
         key = f"{name}/verdict"
         try:
             self._store.wait([key], self._timeout)
@@ -147,14 +158,47 @@ class Member:
         return dist.PrefixStore(group.name, store)
 
     def _connect(self) -> Channel:
+        """Connect to all others; ends at once when anybody cannot.
+
+        Gloo by itself would wait for a member that died since it joined: only the driver knows. So gloo waits in a
+        thread, which is left to itself when the gate closes. NCCL connects with the first message.
+
+        Raises:
+            Refused: somebody cannot connect, or is dead.
+        """
         group = self.group
-        store = dist.PrefixStore("connect", self._store)
         if group.backend == "nccl":
             options = dist.ProcessGroupNCCL.Options()
             options._timeout = self._timeout
+            store = dist.PrefixStore("connect", self._store)
             return cast(Channel, dist.ProcessGroupNCCL(store, self.rank, group.world_size, options))
-        timeout = timedelta(seconds=min(CONNECT_SECONDS, group.timeout_seconds))
-        return cast(Channel, dist.ProcessGroupGloo(store, self.rank, group.world_size, timeout))
+        own = self._connect_store()  # a thread that waits keeps its connection to itself
+        made: queue.SimpleQueue[Channel] = queue.SimpleQueue()
+
+        def connect() -> None:
+            with contextlib.suppress(RuntimeError):  # the driver is gone, and nobody waits at its gates
+                try:
+                    made.put(self._connect_gloo(own))
+                except RuntimeError as error:
+                    close_gate(own, CONNECTED, f"rank {self.rank} of weight group {group.name}: {error}")
+                else:
+                    self._arrive(own, CONNECTED)
+
+        threading.Thread(target=connect, daemon=True).start()
+        self._await_verdict(CONNECTED)
+        return made.get()
+
+    def _connect_gloo(self, store: dist.Store) -> Channel:
+        store, size = dist.PrefixStore("connect", store), self.group.world_size
+        timeout = timedelta(seconds=min(CONNECT_SECONDS, self.group.timeout_seconds))
+        return cast(Channel, dist.ProcessGroupGloo(store, self.rank, size, timeout))
+
+
+def why_not_formed(store: dist.Store) -> str | None:
+    """Why the members of a group have not come together, where they have not."""
+    keys = [f"{gate}/verdict" for gate in FORMING]
+    verdicts = [store.get(key).decode() for key in keys if store.check([key])]
+    return next((verdict for verdict in verdicts if verdict != OPEN), None)
 
 
 def close_gate(store: dist.Store, name: str, verdict: str) -> None:

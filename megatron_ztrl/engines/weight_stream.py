@@ -191,8 +191,11 @@ def checksum(block: torch.Tensor) -> torch.Tensor:
     in_place = block.stride(-1) == 1 and all(
         elements * block.itemsize % 8 == 0 for elements in (block.storage_offset(), *block.stride()[:-1])
     )
-    if wide and not in_place:
-        block = block.clone(memory_format=torch.contiguous_format)
+    if wide and not in_place:  # a few rows at a time: a copy of all would be as large as a buffer
+        rows = max(1, ALONE_BYTES // (math.prod(block.shape[1:]) * block.itemsize))
+        return torch.stack(
+            [checksum(part.clone(memory_format=torch.contiguous_format)) for part in block.split(rows)]
+        ).sum()
     return block.view(_WORDS[8 if wide else block.itemsize]).sum(dtype=torch.int64)
 
 

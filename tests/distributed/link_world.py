@@ -12,6 +12,7 @@ import torch
 
 from megatron_ztrl.engines import weight_receiver
 from megatron_ztrl.engines.client import EngineError
+from megatron_ztrl.engines.weight_group import Member
 from megatron_ztrl.engines.weight_stream import Staging
 from megatron_ztrl.types import TensorSlice
 from megatron_ztrl.weights.sender import WeightSender
@@ -80,6 +81,20 @@ def die_after(buckets):
     Staging.write = write_and_die
 
 
+def die_while_connecting():
+    """Let this process be killed when all members have come, and begin to connect to each other."""
+    Member._connect = lambda member: os.kill(os.getpid(), signal.SIGKILL)
+
+
+def fail_to_connect():
+    """Let this process find no way to the others."""
+
+    def fail(member, store):
+        raise RuntimeError("no route to host")
+
+    Member._connect_gloo = fail
+
+
 def flip_a_bit(bucket_number):
     """Let one bucket be damaged between the sender's checksum and the network; once."""
     fill = Staging.fill
@@ -105,6 +120,8 @@ def run_engine_rank(rank, pipe):
         "forget": lambda name: model.parameters.pop(name),
         "scatter": model.scatter,
         "die after": die_after,
+        "die while connecting": die_while_connecting,
+        "fail to connect": fail_to_connect,
         "reset peak": reset_peak,
         "peak": peak,
     }

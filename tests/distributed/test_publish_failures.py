@@ -101,6 +101,35 @@ async def test_an_engine_that_is_dead_before_anything_begins_leaves_the_others_t
     assert await engines[1].holds(tensors(1))
 
 
+@pytest.mark.parametrize("victim", [0, 2], ids=["the first", "the last"])
+async def test_an_engine_that_dies_while_the_group_is_formed_is_lost_and_the_others_are_served(world, victim):
+    trainer, engines, transport = world(replicas=1, count=3)
+    weights = tensors(1)
+    await trainer.hold(weights)
+    await engines[victim].ranks[0].call("die while connecting")
+    delivery = await transport.deliver(engines, 1)
+    others = [engine for engine in engines if engine is not engines[victim]]
+    assert delivery.lost == {engines[victim]: "the process died"}
+    assert delivery.complete == others
+    assert delivery.trainer_error is None
+    assert all([await engine.holds(weights) for engine in others])
+    weights = tensors(2)
+    await trainer.hold(weights)
+    assert (await transport.deliver(others, 2)).complete == others
+    assert trainer.joins == 2  # the group of those that are left is used again
+
+
+async def test_an_engine_that_cannot_connect_keeps_nobody_waiting_and_all_keep_what_they_have(world):
+    trainer, engines, transport = world(replicas=1, count=2)
+    await trainer.hold(tensors(1))
+    await engines[1].ranks[1].call("fail to connect")
+    delivery = await transport.deliver(engines, 1)
+    assert set(delivery.untouched) == set(engines)
+    assert not delivery.lost
+    assert "no route to host" in delivery.untouched[engines[0]]
+    assert await engines[0].holds(tensors(0))
+
+
 async def test_a_bit_that_flips_on_the_way_is_named_and_costs_every_engine_that_got_it(world):
     trainer, engines, transport = world(replicas=2, count=2)
     await trainer.hold(tensors(1))
@@ -179,8 +208,8 @@ async def test_two_buckets_are_all_that_a_rank_stages(world):
     delivery = await transport.deliver(engines, 2)
     peaks = await asyncio.gather(*(process.call("peak") for process in processes))
     assert delivery.complete == engines
-    assert max(peaks) < 2.25 * BUCKET_BYTES
-    assert min(peaks) > 0.9 * BUCKET_BYTES
+    # What a rank had before and gave back to its allocator it need not ask for again: a few show less.
+    assert 0.9 * BUCKET_BYTES < max(peaks) < 2.25 * BUCKET_BYTES
 
 
 async def test_weights_that_lie_in_one_piece_at_both_ends_need_no_memory(world):

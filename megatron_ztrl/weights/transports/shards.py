@@ -13,7 +13,7 @@ import torch.distributed as dist
 from megatron_ztrl.config.schema import Config
 from megatron_ztrl.engines.client import EngineClient, EngineError
 from megatron_ztrl.engines.server import WEIGHT_LOADER
-from megatron_ztrl.engines.weight_group import JOINED, WeightGroup, close_gate
+from megatron_ztrl.engines.weight_group import FORMING, WeightGroup, close_gate, why_not_formed
 from megatron_ztrl.engines.weight_receiver import commit_message, receive_message
 from megatron_ztrl.engines.weight_stream import Link, Piece, schedule
 from megatron_ztrl.types import TensorSlice
@@ -242,7 +242,7 @@ class _Attempt:
 
     def _end(self, verdict: str) -> None:
         """Tell everyone who waits at a gate, or inside NCCL, that there is nothing to wait for."""
-        for gate in (JOINED, self._joined.group.gate(self.publish)):
+        for gate in (*FORMING, self._joined.group.gate(self.publish)):
             close_gate(self._store, gate, verdict)
         self._store.compare_set(f"{self.publish}/over", "", verdict)
 
@@ -282,6 +282,7 @@ class _Attempt:
         reasons = [report["error"] for report in reports if "error" in report]
         self.reasons[engine] = (
             "; ".join(reasons)
+            or why_not_formed(self._store)
             or f"{engine.url} is in no weight group: it could not join it, or was started after it"
         )
         if not any(report.get("begun") for report in reports):
