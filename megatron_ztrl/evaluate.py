@@ -7,7 +7,7 @@ import contextlib
 import dataclasses
 import itertools
 import json
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from pathlib import Path
 from statistics import fmean
 
@@ -17,13 +17,14 @@ from megatron_ztrl.data.tokenizer import PolicyTokenizer
 from megatron_ztrl.envs.prompt_templates import get_template
 from megatron_ztrl.observability import names
 from megatron_ztrl.observability.progress import Progress
+from megatron_ztrl.observability.run_info import write_run_info, write_whole
 from megatron_ztrl.rollout.fleet import EngineFleet
 from megatron_ztrl.rollout.journal import Journal, identity
 from megatron_ztrl.rollout.statistics import rollout_statistics
 from megatron_ztrl.rollout.trajectory import Engine, Sampling
 from megatron_ztrl.runtime.garbage import collect_garbage_rarely
 from megatron_ztrl.runtime.system import RolloutSystem, launch_rollouts
-from megatron_ztrl.types import Prompt, Rollout
+from megatron_ztrl.types import Prompt, Rollout, RolloutGroup
 from megatron_ztrl.weights.hf_checkpoint import HFCheckpointReader
 
 _FIRST_MEASURES = (names.ACCURACY, names.CODE_PROPORTION, names.CODE_RATIO)
@@ -71,13 +72,23 @@ class Evaluator:
         self._alone = UrgentShare(system.fleet, None)
 
     @property
+    def num_prompts(self) -> int:
+        """Of all data sets."""
+        return sum(map(len, self._prompts.values()))
+
+    @property
     def identity(self) -> str:
         """Tells evaluations apart whose rollouts cannot be mixed."""
         texts = [(prompt.text, prompt.ground_truth) for group in self._prompts.values() for prompt in group]
         return identity(self.config, self._runner.sampling, texts)
 
     async def evaluate(
-        self, env_iterations: int, *, journal: Journal | None = None, beside: bool = False
+        self,
+        env_iterations: int,
+        *,
+        journal: Journal | None = None,
+        beside: bool = False,
+        count: Callable[[int, int], None] = lambda done, total: None,
     ) -> tuple[dict[str, float], list[Rollout]]:
         """Rolls out every evaluation prompt.
 
@@ -85,6 +96,7 @@ class Evaluator:
             env_iterations: N.
             journal: Where its rollouts are written down.
             beside: Training goes on meanwhile, and keeps most of the engines.
+            count: Told after every prompt how many are done, of how many.
 
         Returns:
             Metrics ``<data set>/<statistic>``, and the rollouts.
@@ -94,19 +106,16 @@ class Evaluator:
         )
         metrics: dict[str, float] = {}
         every: list[Rollout] = []
-        group_ids = itertools.count()
+        group_ids, done = itertools.count(), itertools.count(1)
+
+        async def run(group_id: int, prompt: Prompt) -> RolloutGroup:
+            size = self.config.eval.samples_per_prompt
+            group = await runner.run(group_id, prompt, group_size=size, env_iterations=env_iterations)
+            count(next(done), self.num_prompts)
+            return group
+
         for name, prompts in self._prompts.items():
-            groups = await asyncio.gather(
-                *(
-                    runner.run(
-                        next(group_ids),
-                        prompt,
-                        group_size=self.config.eval.samples_per_prompt,
-                        env_iterations=env_iterations,
-                    )
-                    for prompt in prompts
-                )
-            )
+            groups = await asyncio.gather(*(run(next(group_ids), prompt) for prompt in prompts))
             rollouts = [rollout for group in groups for rollout in group.rollouts]
             every += rollouts
             statistics = rollout_statistics(rollouts)
@@ -130,7 +139,7 @@ def load_eval_prompts(config: Config) -> dict[str, list[Prompt]]:
 
 
 def run_evaluation(config: Config) -> dict[int, dict[str, float]]:
-    """Evaluates the policy at ``model.path``; writes ``<run>/eval.json``.
+    """Evaluates the policy at ``model.path``; writes ``<run>/eval.json``, and what was evaluated beside it.
 
     Returns:
         Metrics ``<data set>/<statistic>`` by N.
@@ -146,18 +155,24 @@ async def _run(config: Config) -> dict[int, dict[str, float]]:
     prompts = load_eval_prompts(config)
     if not prompts:
         raise ValueError("data.eval: no data set to evaluate on; add one")
+    if not config.eval.env_iterations:
+        raise ValueError("eval.env_iterations: no N to evaluate at; name one, e.g. [2]")
     HFCheckpointReader(Path(config.model.path))  # refuses missing weights before an engine starts
     tokenizer = PolicyTokenizer(Path(config.model.path))
     directory = Path(config.run.directory)
     results: dict[int, dict[str, float]] = {}
-    with Progress(len(config.eval.env_iterations)) as progress:
+    with Progress(len(config.eval.env_iterations), unit="evaluation") as progress:
         async with launch_rollouts(config, directory, tokenizer, progress) as system:
             evaluator = Evaluator(system, prompts)
+            samples = f"{evaluator.num_prompts} problems × {config.eval.samples_per_prompt}"
+            progress.note(f"evaluating {config.model.path} on {samples}, for each N")
             for env_iterations in config.eval.env_iterations:
                 progress.phase(f"evaluating at N = {env_iterations}")
-                results[env_iterations], _ = await evaluator.evaluate(env_iterations)
+                results[env_iterations], _ = await evaluator.evaluate(env_iterations, count=progress.count)
+                progress.resume(len(results))
                 progress.note(f"N = {env_iterations}  {evaluation_line(results[env_iterations])}")
-    (directory / "eval.json").write_text(json.dumps(results, indent=2) + "\n")
+    write_run_info(config, prefix="eval_")
+    write_whole(directory / "eval.json", json.dumps(results, indent=2) + "\n")
     return results
 
 

@@ -30,16 +30,22 @@ _DISTRIBUTIONS = (
 )
 
 
-def write_run_info(config: Config) -> None:
-    """Writes ``config.yaml`` and ``environment.json`` into the run directory."""
+def write_run_info(config: Config, *, prefix: str = "") -> None:
+    """Writes ``config.yaml`` and ``environment.json``, with a prefix to their names, into the run directory."""
     directory = Path(config.run.directory)
     directory.mkdir(parents=True, exist_ok=True)
     text = json.dumps(environment(), indent=2, ensure_ascii=False)
-    temporary = directory / "run_info.tmp"  # so that a run that is killed leaves no half of a file
+    temporary = directory / f"{prefix}run_info.tmp"
     save_config(config, temporary)
-    os.replace(temporary, directory / names.CONFIG_FILE)
-    temporary.write_text(text + "\n", "utf-8")
-    os.replace(temporary, directory / names.ENVIRONMENT_FILE)
+    os.replace(temporary, directory / f"{prefix}{names.CONFIG_FILE}")
+    write_whole(directory / f"{prefix}{names.ENVIRONMENT_FILE}", text + "\n")
+
+
+def write_whole(path: Path, content: str | bytes) -> None:
+    """Writes a file that is never there by half, whenever the process is killed."""
+    temporary = path.with_name(f"{path.name}.tmp")
+    temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+    os.replace(temporary, path)
 
 
 def environment() -> dict[str, Any]:

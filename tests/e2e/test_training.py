@@ -13,6 +13,7 @@ import psutil
 import pytest
 from running import GREEDY, QUICKSTART, SMALL, assert_nothing_left, rows, ztrl
 
+from megatron_ztrl.config.load import load_config
 from megatron_ztrl.runtime.checkpoints import CheckpointStore, verify
 
 
@@ -51,6 +52,8 @@ def test_what_a_run_exports_answers_as_its_engines_did_after_the_last_publish(tm
     of_the_run = rows(run, "eval")[-1]
     assert measured["arithmetic_held_out/response_tokens"] > 0
     assert {f"eval/{key}": value for key, value in measured.items()}.items() <= of_the_run.items()
+    assert load_config(evaluation / "eval_config.yaml").model.path == str(run / "policy")
+    assert json.loads((evaluation / "eval_environment.json").read_text())["versions"]["torch"]
     assert_nothing_left(marker)
 
 

@@ -126,6 +126,12 @@ async def test_every_data_set_is_measured_by_itself():
     assert len(rollouts) == SAMPLES * sum(DATASETS.values())
 
 
+async def test_whoever_waits_is_told_after_every_problem_how_many_are_done():
+    told = []
+    await evaluator_on(Echo()).evaluate(0, count=lambda done, total: told.append((done, total)))
+    assert told == [(done, sum(DATASETS.values())) for done in range(1, sum(DATASETS.values()) + 1)]
+
+
 async def test_a_problem_that_the_infrastructure_failed_counts_neither_as_solved_nor_as_unsolved():
     async def no_executor(code):
         return ExecutionResult(
@@ -148,12 +154,13 @@ async def test_it_does_not_stand_in_line_behind_rollouts_of_later_training_steps
     async def train(name):
         async with fleet.engine():
             seated.append(name)
-            await asyncio.sleep(0.001)
+            for _ in range(10):  # turns of the loop, not a time: the engine takes one for each token
+                await asyncio.sleep(0)
 
     waiting = [asyncio.create_task(train(name)) for name in range(20)]
     await asyncio.sleep(0)
     await evaluator_on(engine, texts={"d": ["easy"]}, fleet=fleet).evaluate(0, beside=beside)
-    assert len(seated) < 10
+    assert len(seated) < len(waiting)  # all of them, had it waited for its turn
     await asyncio.gather(*waiting)
 
 
