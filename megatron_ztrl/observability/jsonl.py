@@ -56,8 +56,11 @@ def read_rows(path: Path) -> Iterator[dict[str, Any]]:
     """
     if not path.exists():
         return
-    with path.open(encoding="utf-8", newline="\n") as file:  # str.splitlines would also split at U+2028
-        lines = file.readlines()
+    try:
+        with path.open(encoding="utf-8", newline="\n") as file:  # str.splitlines would also split at U+2028
+            lines = file.readlines()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not a file of JSON rows: {error}") from error
     for number, line in enumerate(lines, start=1):
         try:
             row = json.loads(line)

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import errno
+import html
 import json
+import os
 import re
+import shlex
+import sys
 from collections.abc import Mapping
 from html.parser import HTMLParser
 from pathlib import Path
@@ -13,6 +18,7 @@ import pytest
 
 pytest.importorskip("matplotlib")
 
+from megatron_ztrl import __version__
 from megatron_ztrl.config.schema import (
     Config,
     DataConfig,
@@ -25,7 +31,7 @@ from megatron_ztrl.config.schema import (
 from megatron_ztrl.observability.report import write_report
 from megatron_ztrl.observability.report.figures import _smooth
 from megatron_ztrl.observability.report.runs import load_run
-from megatron_ztrl.observability.report.style import RC, LineLabel, label_lines, new_figure
+from megatron_ztrl.observability.report.style import RC, LineLabel, label_lines, new_figure, number_axis
 from megatron_ztrl.observability.report.summary import summarize
 from megatron_ztrl.observability.run_info import write_run_info
 
@@ -36,6 +42,9 @@ def train_row(step: int, **measures: float) -> dict[str, Any]:
     row: dict[str, Any] = {"step": step, "split": "train", "wall_seconds": 10.0 * step}
     row |= {f"train/{key}": value for key, value in measures.items()}
     return row | {"time/generate_seconds": 3.0, "time/train_seconds": 1.0, "loss/entropy": 0.5}
+
+
+GOOD_ROW = json.dumps(train_row(1, accuracy=0.5)) + "\n"
 
 
 def eval_row(step: int, n: int, **datasets: tuple[float, ...]) -> dict[str, Any]:
@@ -227,13 +236,116 @@ def test_a_directory_without_a_run_is_refused(tmp_path: Path, content: str | Non
     [
         ("config.yaml", "run: {dir", r"config.yaml: damaged: .*expected"),
         ("environment.json", '{"a": ', r"environment.json: damaged: Expecting value"),
-        ("metrics.jsonl", '{"loss": 1}\n', r"metrics.jsonl: not the metrics of a run"),
-        ("metrics.jsonl", "[1]\n", r"metrics.jsonl: not the metrics of a run"),
+        ("config.yaml", "- run\n", r"config.yaml: damaged: holds no keys"),
+        ("environment.json", "[]", r"environment.json: damaged: holds no keys"),
+        ("config.yaml", b"\xff\xfe", r"config.yaml: damaged: 'utf-8' codec can't decode"),
+        ("metrics.jsonl", b"\xff\xfe\n", r"metrics.jsonl: not a file of JSON rows: 'utf-8' codec"),
+        ("metrics.jsonl", '{"loss": 1}\n', r"metrics.jsonl:1: not the metrics of a run"),
+        ("metrics.jsonl", '{"step": 1, "split": "train"}\n', r"metrics.jsonl:1: not the metrics of a run"),
+        ("metrics.jsonl", "[1]\n", r"metrics.jsonl:1: not the metrics of a run"),
+        ("metrics.jsonl", GOOD_ROW.replace("0.5", '"a"'), r"metrics.jsonl:1: not the metrics of a run"),
+        ("metrics.jsonl", GOOD_ROW.replace("train", "eval", 1), r"metrics.jsonl:1: not the metrics of a run"),
+        ("rollouts.jsonl", '{"prompt": "of another project"}\n', r"rollouts.jsonl:1: not rollouts of a run"),
     ],
 )
-def test_a_file_that_is_no_runs_is_named(tmp_path: Path, file: str, content: str, message: str) -> None:
-    (tmp_path / "metrics.jsonl").write_text(json.dumps(train_row(1, accuracy=0.5)) + "\n")
-    (tmp_path / file).write_text(content)
+def test_a_file_that_is_no_runs_is_named(
+    tmp_path: Path, file: str, content: str | bytes, message: str
+) -> None:
+    (tmp_path / "metrics.jsonl").write_text(GOOD_ROW)
+    (tmp_path / file).write_bytes(content.encode() if isinstance(content, str) else content)
     with pytest.raises(ValueError, match=message) as caught:
-        load_run(tmp_path)
+        write_report([tmp_path])
     assert len(str(caught.value).splitlines()) == 1
+    assert not (tmp_path / "report.html").exists()
+
+
+@pytest.mark.parametrize("config", ["", "trainer: {nnodes: 1}\n", "rollout: 3\nmodel: [a]\n"])
+def test_a_run_whose_configuration_is_of_another_version_has_a_report_all_the_same(
+    tmp_path: Path, config: str
+) -> None:
+    (tmp_path / "metrics.jsonl").write_text(GOOD_ROW)
+    if config:
+        (tmp_path / "config.yaml").write_text(config)
+    assert "</html>" in write_report([tmp_path]).read_text()
+
+
+def test_a_control_that_has_used_the_tool_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    rows = [train_row(1, **dict.fromkeys(MEASURES, 0.5))]
+    directory, other = write(tmp_path / "run", rows, []), write(tmp_path / "other", rows, [], n=2)
+    with pytest.raises(ValueError, match=r"--control: .*/other was trained with the tool .*env_iterations=2"):
+        write_report([directory], control=other)
+    assert not (directory / "figures").exists()
+
+
+def test_a_report_on_a_run_of_others_says_where_nothing_may_be_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory = write(tmp_path / "run", [train_row(1, accuracy=0.5)], [])
+
+    def refuse(source: str, target: Path) -> None:  # root may write anywhere
+        raise PermissionError(errno.EACCES, "Permission denied", str(target))
+
+    monkeypatch.setattr(os, "replace", refuse)
+    with pytest.raises(ValueError, match=r"figures/.*\.png: no permission to write the report"):
+        write_report([directory])
+
+
+def test_the_page_begins_with_what_was_learned_and_what_was_run(page: str) -> None:
+    text = " ".join(re.sub(r"<[^>]+>", " ", page).split())
+    assert (
+        "Accuracy on math and amc with at most 2 tool calls per rollout: 20.0% before training, 70.0% after 2 steps; "
+        "5.0% for the control, which was trained without the tool."
+    ) in text
+    assert "steps 2 of 2" in text
+    assert f"megatron_ztrl {__version__}" in text
+    assert "control, no tool 5.0%" in text
+    assert "math, control 0" in text
+
+
+def test_a_report_in_the_middle_of_a_run_says_so(tmp_path: Path) -> None:
+    row = train_row(1, **dict.fromkeys(MEASURES, 0.5))
+    text = write_report([write(tmp_path / "run", [row], [])]).read_text()
+    assert "<dd>1 of 2</dd>" in text
+
+
+def test_the_way_to_repeat_a_run_can_be_pasted_into_a_shell(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = ["ztrl", "train", "my run.yaml", "eval.env_iterations=[0, 4]"]
+    monkeypatch.setattr(sys, "argv", command)
+    directory = write(tmp_path / "a run", [train_row(1, accuracy=0.5)], [])
+    page = html.unescape(write_report([directory]).read_text())
+    commands = [shlex.split(line) for line in re.findall(r'<pre class="command">(.*)</pre>', page)]
+    assert commands == [["ztrl", "train", f"{directory}/config.yaml", "run.directory=runs/again"], command]
+
+
+@pytest.mark.parametrize(
+    ("reward", "text"),
+    [(1.0, "correct"), (0.0, "wrong (it is 1)"), (0.25, "reward 0.25 (it is 1)"), (None, "not scored")],
+)
+def test_a_rollout_is_right_wrong_between_or_not_scored(
+    tmp_path: Path, reward: float | None, text: str
+) -> None:
+    rows = [train_row(step, accuracy=0.5) for step in (1, 2)]
+    rollouts = [rollout_row(step, "guess") | {"reward": reward} for step in (1, 2)]
+    page = write_report([write(tmp_path / "run", rows, rollouts)]).read_text()
+    assert re.findall(r"</span>\s*<span[^>]*>([^<]*)</span>\s*</header>", page) == [text, text]
+
+
+@pytest.mark.parametrize(
+    ("values", "unit", "shown", "ticks"),
+    [
+        ([0.0, 5e-5], "nats", "10⁻⁵ nats", {5e-5: "5", 2.5e-5: "2.5"}),
+        ([0.0, 0.004], "", "10⁻³", {0.004: "4"}),
+        ([0.0, 0.004], "%", "", {0.004: "0.4%"}),
+        ([0.0, 0.5], "nats", "nats", {0.25: "0.25"}),
+        ([0.0, 24000.0], "per second", "per second", {10000.0: "10,000", 20.5: "20.5"}),
+    ],
+)
+def test_numbers_at_an_axis_are_short_and_keep_their_unit(
+    values: list[float], unit: str, shown: str, ticks: dict[float, str]
+) -> None:
+    axes = new_figure(4, 3).subplots()
+    assert number_axis(axes, max(values), unit) == shown
+    format_tick = axes.yaxis.get_major_formatter()
+    assert {value: format_tick(value, 0) for value in ticks} == ticks

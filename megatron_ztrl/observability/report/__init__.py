@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_ztrl.observability import names
+from megatron_ztrl.observability.run_info import write_whole
 
 
 def write_report(run_directories: Sequence[str | Path], *, control: str | Path | None = None) -> Path:
@@ -24,7 +25,8 @@ def write_report(run_directories: Sequence[str | Path], *, control: str | Path |
         The path of ``report.html``.
 
     Raises:
-        ValueError: A directory holds no run, or matplotlib is not installed.
+        ValueError: A directory holds no run, the control has used the tool, nothing can be written, or matplotlib is
+            not installed.
     """
     # matplotlib takes a second to import, and training does not need it.
     try:
@@ -37,10 +39,24 @@ def write_report(run_directories: Sequence[str | Path], *, control: str | Path |
 
     run, *others = map(load_run, run_directories)
     control_run = None if control is None else load_run(control)
+    if control_run is not None and (n := control_run.setting("rollout.env_iterations")):
+        raise ValueError(
+            f"--control: {control_run.directory} was trained with the tool (rollout.env_iterations={n}); "
+            "to draw it beside the run, name it without --control"
+        )
     summary = summarize(run, control_run)
-    drawn = figures.draw_all(run, others, control_run, run.directory / "figures")
-    text = json.dumps(summary, indent=2, ensure_ascii=False)
-    (run.directory / names.SUMMARY_FILE).write_text(text + "\n", "utf-8")
-    page = run.directory / names.REPORT_FILE
-    page.write_text(render(run, others, control_run, summary, drawn), "utf-8")
-    return page
+    drawn = figures.draw_all(run, others, control_run)
+    html = render(run, others, control_run, summary, drawn)
+    # Only now is anything written, the page last: it speaks of files that are there.
+    try:
+        (run.directory / "figures").mkdir(exist_ok=True)
+        for figure in drawn:
+            write_whole(run.directory / "figures" / f"{figure.name}.png", figure.png)
+        text = json.dumps(summary, indent=2, ensure_ascii=False)
+        write_whole(run.directory / names.SUMMARY_FILE, text + "\n")
+        write_whole(run.directory / names.REPORT_FILE, html)
+    except PermissionError as error:
+        raise ValueError(
+            f"{error.filename}: no permission to write the report into the run's directory; report on a copy of it"
+        ) from error
+    return run.directory / names.REPORT_FILE

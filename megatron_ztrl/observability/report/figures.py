@@ -5,14 +5,13 @@ from __future__ import annotations
 import io
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter
+from matplotlib.lines import Line2D
 
 from megatron_ztrl.observability import names
 from megatron_ztrl.observability.report import style
@@ -23,20 +22,22 @@ _PHASE_LABELS = dict(
     zip(names.TIME_PHASES, ("generate", "tools", "log-probs", "train", "publish", "other"), strict=True)
 )
 _STABILITY = {
-    names.LOSS_POLICY: "Policy loss",
-    names.LOSS_ENTROPY: "Entropy (nats)",
-    names.LOSS_GRAD_NORM: "Gradient norm",
-    names.LOSS_APPROX_KL: "Approximate KL (nats)",
-    names.LOSS_CLIP_FRACTION: "Clipped tokens (share)",
-    names.LOSS_REFERENCE_KL: "KL to the first policy (nats)",
-    names.CRITIC_EXPLAINED_VARIANCE: "Returns explained by the critic (share)",
-    names.CRITIC_LOSS: "Critic loss",
-    names.MISMATCH_MEAN: "Trainer − engine log-prob, mean (nats)",
-    names.IMPORTANCE_EFFECTIVE: "Effective sample size (share)",
-    names.TRAIN_TRUNCATED: "Truncated rollouts (share)",
-    names.TRAIN_STALENESS_MAX: "Staleness, worst token (steps)",
-    names.THROUGHPUT_TOKENS: "Tokens per second",
+    names.LOSS_POLICY: ("Policy loss", ""),
+    names.LOSS_ENTROPY: ("Entropy", "nats"),
+    names.LOSS_GRAD_NORM: ("Gradient norm", ""),
+    names.LOSS_APPROX_KL: ("Approximate KL", "nats"),
+    names.LOSS_CLIP_FRACTION: ("Clipped tokens", "%"),
+    names.LOSS_REFERENCE_KL: ("KL to the first policy", "nats"),
+    names.CRITIC_EXPLAINED_VARIANCE: ("Returns explained by the critic", "%"),
+    names.CRITIC_LOSS: ("Critic loss", ""),
+    names.MISMATCH_MEAN: ("|Trainer − engine log-prob|, mean", "nats"),
+    names.IMPORTANCE_EFFECTIVE: ("Effective sample size", "%"),
+    names.TRAIN_TRUNCATED: ("Truncated rollouts", "%"),
+    names.TRAIN_STALENESS_MAX: ("Staleness, worst token", "steps"),
+    names.THROUGHPUT_TOKENS: ("Sampled tokens", "per second"),
 }
+"""What is drawn of each step, and its unit."""
+_X_LABEL = "training step"
 _STABILITY_COLUMNS = 3
 _SMOOTHING_SHARE = 20
 """The bold line averages one step in so many."""
@@ -50,11 +51,11 @@ class Drawn:
 
     name: str
     svg: str
+    png: bytes
 
 
-def draw_all(run: Run, others: Sequence[Run], control: Run | None, directory: Path) -> list[Drawn]:
-    """Draws every figure there is data for, and saves each as ``<name>.png``."""
-    directory.mkdir(exist_ok=True)
+def draw_all(run: Run, others: Sequence[Run], control: Run | None) -> list[Drawn]:
+    """Draws every figure there is data for."""
     drawings: dict[str, Callable[[], Figure | None]] = {
         "learning": lambda: learning_curves(run, others, control),
         "env_iterations": lambda: accuracy_by_env_iterations(run, control),
@@ -67,8 +68,9 @@ def draw_all(run: Run, others: Sequence[Run], control: Run | None, directory: Pa
         with mpl.rc_context({**style.RC, "svg.hashsalt": name}):
             figure = draw()
             if figure is not None:
-                FigureCanvasAgg(figure).print_png(directory / f"{name}.png")
-                drawn.append(Drawn(name=name, svg=_svg(figure)))
+                png = io.BytesIO()
+                FigureCanvasAgg(figure).print_png(png)
+                drawn.append(Drawn(name=name, svg=_svg(figure), png=png.getvalue()))
     return drawn
 
 
@@ -76,7 +78,7 @@ def learning_curves(run: Run, others: Sequence[Run], control: Run | None) -> Fig
     """Accuracy, code proportion, calls and response length against the step."""
     if not run.train:
         return None
-    figure = style.new_figure(11, 6.6)
+    figure = style.new_figure(11, 7.0)
     panels = figure.subplots(2, 2)
     measures = {
         names.ACCURACY: "Accuracy",
@@ -100,9 +102,35 @@ def learning_curves(run: Run, others: Sequence[Run], control: Run | None) -> Fig
             axes.locator_params(axis="y", nbins=6)
         style.step_axis(axes)
         style.label_lines(axes, [label for label in labels if label is not None])
-    for axes in panels[1]:
-        axes.set_xlabel("step")
+        axes.set_xlabel(_X_LABEL)
+    figure.legend(
+        handles=_kinds_of_lines(run, others, control),
+        loc="outside lower center",
+        ncols=5,
+        frameon=False,
+        fontsize=9.5,
+        handlelength=2.4,
+        columnspacing=1.8,
+    )
     return figure
+
+
+def _kinds_of_lines(run: Run, others: Sequence[Run], control: Run | None) -> list[Line2D]:
+    """What a line or a dot of the learning curves stands for."""
+    window = _window(len(run.train))
+    kinds = [
+        Line2D([], [], color=ACCENT, label="this run" if window == 1 else f"this run, mean of {window} steps")
+    ]
+    if window > 1:
+        kinds.append(Line2D([], [], color=ACCENT, alpha=0.22, linewidth=1, label="each step"))
+    if run.env_iterations is not None:
+        text = f"evaluation, N = {run.env_iterations}"
+        kinds.append(Line2D([], [], color=ACCENT, marker="o", markersize=6.5, linestyle="", label=text))
+    if control is not None:
+        kinds.append(Line2D([], [], color=GREY, linestyle="--", label="control, trained without the tool"))
+    if others:
+        kinds.append(Line2D([], [], color=GREY, linestyle=":", label="other runs"))
+    return kinds
 
 
 def _main_line(axes: Axes, run: Run, measure: str) -> LineLabel | None:
@@ -147,11 +175,16 @@ def _written_calls(axes: Axes, run: Run, control: Run | None) -> list[LineLabel]
 
 def _smooth(values: Sequence[float]) -> np.ndarray:
     """[steps] Trailing mean over one step in `_SMOOTHING_SHARE`, shorter at the start."""
-    window = max(1, round(len(values) / _SMOOTHING_SHARE))
+    window = _window(len(values))
     total = np.concatenate([[0.0], np.cumsum(values)])
     end = np.arange(1, len(values) + 1)
     start = np.maximum(0, end - window)
     return (total[end] - total[start]) / (end - start)
+
+
+def _window(count: int) -> int:
+    """How many of so many steps the bold line averages."""
+    return max(1, round(count / _SMOOTHING_SHARE))
 
 
 def accuracy_by_env_iterations(run: Run, control: Run | None) -> Figure | None:
@@ -162,9 +195,9 @@ def accuracy_by_env_iterations(run: Run, control: Run | None) -> Figure | None:
     values_of_n = run.env_iterations_at(last)
     figure = style.new_figure(6.4, 3.9)
     axes = figure.subplots()
-    axes.set_title("Accuracy against N, the tool calls a rollout may make")
+    axes.set_title("Accuracy against N, the most tool calls of a rollout")
     labels = []
-    for step, color, text in ((first, GREY, "before"), (last, ACCENT, "after")):
+    for step, color, text in ((first, GREY, f"step {first}"), (last, ACCENT, f"step {last}")):
         found = [(n, run.evaluation(step, n)) for n in values_of_n]
         points = [(values_of_n.index(n), values[names.ACCURACY]) for n, values in found if values]
         if not points:
@@ -176,12 +209,12 @@ def accuracy_by_env_iterations(run: Run, control: Run | None) -> Figure | None:
                 axes.annotate(f"{y:.0%}", (x, y), (-4, 8), textcoords="offset points", ha="right", color=INK)
     if control is not None and control.evaluated_steps:
         n = control.env_iterations_at(control.evaluated_steps[-1])[0]
-        values = control.evaluation(control.evaluated_steps[-1], n)
-        assert values is not None
-        axes.axhline(values[names.ACCURACY], color=GREY, linestyle="--", linewidth=1.8)
-        labels.append(LineLabel(y=values[names.ACCURACY], text="trained without tool", color=MUTED))
+        accuracy = (control.evaluation(control.evaluated_steps[-1], n) or {}).get(names.ACCURACY)
+        if accuracy is not None:
+            axes.axhline(accuracy, color=GREY, linestyle="--", linewidth=1.8)
+            labels.append(LineLabel(y=accuracy, text="trained without tool", color=MUTED))
     axes.set_xticks(range(len(values_of_n)), [str(n) for n in values_of_n])
-    axes.set_xlabel("N at evaluation")
+    axes.set_xlabel("N in evaluation (calls)")
     axes.margins(x=0.12)
     style.percent_axis(axes)
     axes.set_ylim(top=1.12)
@@ -205,7 +238,7 @@ def time_shares(run: Run) -> Figure | None:
             0, share, left=left, height=0.8, color=style.SHADES[index], edgecolor="white", linewidth=1.5
         )
         if share >= _NAMED_SHARE:
-            text = f"{_PHASE_LABELS[phase]}\n{share:.0%}"
+            text = f"{_PHASE_LABELS[phase]}\n{share:.0%}, {seconds / len(run.train):.3g} s"
             color = "white" if index < 3 else INK
             axes.text(left + share / 2, 0, text, ha="center", va="center", color=color, fontsize=9.5)
         left += share
@@ -228,15 +261,19 @@ def stability(run: Run) -> Figure | None:
     rows = -(-len(found) // _STABILITY_COLUMNS)
     figure = style.new_figure(11, 2.1 * rows)
     panels = figure.subplots(rows, _STABILITY_COLUMNS, squeeze=False)
-    for axes, (key, (steps, values)) in zip(panels.flat, found.items(), strict=False):
-        axes.set_title(_STABILITY[key], fontsize=9.5, fontweight="normal", color=MUTED)
+    for index, (key, (steps, values)) in enumerate(found.items()):
+        axes = panels.flat[index]
+        title, unit = _STABILITY[key]
         axes.plot(steps, values, color=ACCENT, alpha=0.25, linewidth=1)
         axes.plot(steps, _smooth(values), color=ACCENT, linewidth=1.8)
         axes.locator_params(axis="y", nbins=4)
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.4g}"))
+        unit = style.number_axis(axes, max(map(abs, values)), unit)
+        axes.set_title(f"{title} ({unit})" if unit else title, fontsize=9.5, fontweight="normal", color=MUTED)
         if min(values) >= 0:
             axes.set_ylim(0, None if any(values) else 1)
         style.step_axis(axes)
+        if index + _STABILITY_COLUMNS >= len(found):  # nothing below it
+            axes.set_xlabel(_X_LABEL)
     for axes in list(panels.flat)[len(found) :]:
         axes.set_visible(False)
     return figure

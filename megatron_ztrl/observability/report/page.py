@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +17,7 @@ from megatron_ztrl.observability.report.figures import Drawn
 from megatron_ztrl.observability.report.runs import Row, Run, datasets
 
 _SHOWN_PROMPTS = 3
+_SHOWN_VERSIONS = ("megatron_ztrl", "megatron-core", "sglang", "torch")
 _TILES = {
     names.ACCURACY: ("Accuracy", "{:.1%}"),
     names.CODE_PROPORTION: ("Rollouts that execute code", "{:.1%}"),
@@ -59,13 +62,36 @@ def render(
         others=others,
         control=control,
         figures={figure.name: figure.svg for figure in drawn},
+        headline=_headline(run, summary),
         tiles=_tiles(summary),
         headline_n=run.env_iterations,
-        table=_table(run),
+        table=_table(run) + ([] if control is None else _control_lines(control)),
         measures=[label for label, _ in _TILES.values()],
         samples=_samples(run),
         facts=_facts(run),
+        started_as=shlex.join(map(str, run.environment.get("command", []))),
+        again=f"ztrl train {shlex.quote(str(run.directory / names.CONFIG_FILE))} run.directory=runs/again",
     )
+
+
+def _headline(run: Run, summary: Mapping[str, Any]) -> str:
+    """What the run did to the policy, in a sentence or two."""
+    before, after, control = summary["before"], summary["after"], summary["control_no_tool"]
+    if not (before and after and names.ACCURACY in before and names.ACCURACY in after):
+        return ""
+    text = (
+        f"Accuracy on {' and '.join(after['by_dataset'])} with at most {after[names.ENV_ITERATIONS]} tool calls"
+        f" per rollout: {before[names.ACCURACY]:.1%} {_before(before)},"
+        f" {after[names.ACCURACY]:.1%} after {after[names.STEP]} steps"
+    )
+    if control and names.ACCURACY in control:
+        text += f"; {control[names.ACCURACY]:.1%} for the control, which was trained without the tool"
+    return f"{text}."
+
+
+def _before(evaluation: Mapping[str, Any]) -> str:
+    step = evaluation[names.STEP]
+    return f"after {step} steps" if step else "before training"
 
 
 def _tiles(summary: Mapping[str, Any]) -> list[Tile]:
@@ -75,7 +101,7 @@ def _tiles(summary: Mapping[str, Any]) -> list[Tile]:
     return [
         Tile(
             label=label,
-            before=form.format(before[measure]),
+            before=f"{_before(before)} {form.format(before[measure])}",
             after=form.format(after[measure]),
             control=form.format(control[measure]) if control and measure in control else None,
         )
@@ -94,6 +120,11 @@ def _table(run: Run) -> list[Line]:
         for dataset in datasets(run.evaluations[last, run.env_iterations_at(last)[0]])
         for n in run.env_iterations_at(last)
     ]
+
+
+def _control_lines(control: Run) -> list[Line]:
+    lines = [dataclasses.replace(line, dataset=f"{line.dataset}, control") for line in _table(control)]
+    return [line for line in lines if line.env_iterations == 0]
 
 
 def _cells(run: Run, ends: tuple[int, int], n: int, dataset: str) -> list[tuple[str, str]]:
@@ -133,24 +164,52 @@ def _by_prompt(rows: Sequence[Row], step: int, n: int | None) -> dict[str, Row]:
 
 
 def _facts(run: Run) -> list[tuple[str, str]]:
-    """What the run was, in a line or two under the title."""
-    config, machine = run.config, run.environment.get("machine", {})
-    facts = [("steps", str(run.train[-1][names.STEP] if run.train else 0))]
-    facts.append(("wall time", format_duration(run.wall_seconds)))
-    if config:
-        rollout = config["rollout"]
-        facts += [
-            ("policy", Path(config["model"]["path"]).name),
-            ("problems", config["data"]["train"]["name"]),
-            ("batch", f"{rollout['groups_per_step']} × {rollout['group_size']}"),
-            ("N in training", str(rollout["env_iterations"])),
-            ("advantage", config["algorithm"]["advantage"]),
-            ("seed", str(config["run"]["seed"])),
-        ]
-    if machine:
-        gpus = machine["gpus"]
-        facts.append(("machine", f"{len(gpus)} × {gpus[0]}" if gpus else f"{machine['cpu_count']} CPU cores"))
-    source = run.environment.get("source")
+    """What was run, on what: a few lines under the title."""
+    done, planned = run.train[-1][names.STEP] if run.train else 0, run.setting("train.num_steps")
+    facts = {
+        "steps": f"{done} of {planned}" if planned else str(done),
+        "wall time": format_duration(run.wall_seconds),
+        "policy": Path(run.setting("model.path") or "").name,
+        "problems": run.setting("data.train.name"),
+        "rollouts per step": _rollouts_per_step(run),
+        "N in training": run.setting("rollout.env_iterations"),
+        "advantage": run.setting("algorithm.advantage"),
+        "staleness": run.setting("rollout.max_staleness"),
+        "actor": _layout(run),
+        "engines": run.setting("engine.count"),
+        "seed": run.setting("run.seed"),
+        "started": run.environment.get("started_at", "").replace("T", " ").replace("+00:00", " UTC"),
+        "machine": _machine(run.environment.get("machine") or {}),
+        "versions": _versions(run.environment),
+    }
+    return [(name, str(value)) for name, value in facts.items() if value not in (None, "")]
+
+
+def _rollouts_per_step(run: Run) -> str:
+    groups, size = run.setting("rollout.groups_per_step"), run.setting("rollout.group_size")
+    return f"{groups} groups × {size}" if groups and size else ""
+
+
+def _layout(run: Run) -> str:
+    sizes = {
+        short: run.setting(f"actor.{name}_parallel_size")
+        for short, name in (("TP", "tensor"), ("PP", "pipeline"), ("CP", "context"), ("DP", "data"))
+    }
+    return " × ".join(f"{short} {size}" for short, size in sizes.items() if size and size > 1) or "1 rank"
+
+
+def _machine(machine: Mapping[str, Any]) -> str:
+    gpus, cores = machine.get("gpus"), machine.get("cpu_count")
+    memory = f", {machine['memory_bytes'] / 1e9:.0f} GB" if "memory_bytes" in machine else ""
+    if gpus:
+        return f"{len(gpus)} × {gpus[0]}"
+    return f"{cores} CPU cores{memory}" if cores else ""
+
+
+def _versions(environment: Mapping[str, Any]) -> str:
+    found = environment.get("versions") or {}
+    shown = [f"{name} {found[name]}" for name in _SHOWN_VERSIONS if found.get(name)]
+    source = environment.get("source")
     if source:
-        facts.append(("revision", source["commit"][:10] + (" (modified)" if source["dirty"] else "")))
-    return facts
+        shown.append(f"commit {source['commit'][:10]}{' (modified)' if source['dirty'] else ''}")
+    return ", ".join(shown)

@@ -11,12 +11,17 @@ from statistics import fmean
 from typing import Any
 
 import yaml
-from omegaconf import OmegaConf
 
 from megatron_ztrl.observability import names
 from megatron_ztrl.observability.jsonl import read_rows
 
 Row = Mapping[str, Any]
+
+_ROLLOUT_KEYS = (
+    {names.STEP, names.SPLIT, names.ENV_ITERATIONS}
+    | {"prompt_id", "problem", "ground_truth", "reward"}
+    | {"executed_calls", "response_tokens", "segments"}
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +41,13 @@ class Run:
     @property
     def name(self) -> str:
         return self.directory.name
+
+    def setting(self, path: str) -> Any:
+        """A key of the configuration, such as ``rollout.group_size``; None where there is none."""
+        found: Any = self.config
+        for name in path.split("."):
+            found = found.get(name) if isinstance(found, Mapping) else None
+        return found
 
     def series(self, key: str) -> tuple[list[int], list[float]]:
         """Steps and values of one training metric; steps that lack it are left out."""
@@ -57,7 +69,7 @@ class Run:
     def env_iterations(self) -> int | None:
         """The N that stands for the run: the one it trained with if that was evaluated, else the largest."""
         evaluated = {n for _, n in self.evaluations}
-        trained = self.config.get("rollout", {}).get("env_iterations")
+        trained = self.setting("rollout.env_iterations")
         return trained if trained in evaluated else max(evaluated, default=None)
 
     def env_iterations_at(self, step: int) -> list[int]:
@@ -101,39 +113,57 @@ def load_run(directory: str | Path) -> Run:
     directory = Path(directory).absolute()
     if not (directory / names.METRICS_FILE).exists():
         raise ValueError(f"{directory}: not a run directory (it has no {names.METRICS_FILE})")
-    rows = list(read_rows(directory / names.METRICS_FILE))
-    if not all(isinstance(row, dict) and {names.STEP, names.SPLIT} <= row.keys() for row in rows):
-        raise ValueError(f"{directory / names.METRICS_FILE}: not the metrics of a run")
+    rows = _rows(directory / names.METRICS_FILE, _is_of_metrics, "the metrics of a run")
     if not rows:
         raise ValueError(f"{directory}: the run has not finished a step yet")
     # A step that was repeated after a resume is taken as it was done last.
     train = {row[names.STEP]: row for row in rows if row[names.SPLIT] == names.TRAIN}
-    config_text, config = _read(directory / names.CONFIG_FILE, OmegaConf.create)
-    config = OmegaConf.to_container(config)
-    assert isinstance(config, dict)
+    config_text, config = _read(directory / names.CONFIG_FILE, yaml.safe_load)
     return Run(
         directory=directory,
         train=[train[step] for step in sorted(train)],
         evaluations=dict(_evaluations(rows)),
-        rollouts=list(read_rows(directory / names.ROLLOUTS_FILE)),
-        config={str(key): value for key, value in config.items()},
+        rollouts=_rows(
+            directory / names.ROLLOUTS_FILE, lambda row: row.keys() >= _ROLLOUT_KEYS, "rollouts of a run"
+        ),
+        config=config,
         config_text=config_text,
         environment=_read(directory / names.ENVIRONMENT_FILE, json.loads)[1],
     )
 
 
-def _evaluations(rows: list[dict[str, Any]]) -> Iterator[tuple[tuple[int, int], Row]]:
+def _evaluations(rows: list[Row]) -> Iterator[tuple[tuple[int, int], Row]]:
     for row in rows:
         if row[names.SPLIT] == names.EVAL:
             yield (row[names.STEP], row[names.ENV_ITERATIONS]), row
 
 
-def _read(path: Path, parse: Callable[[str], Any]) -> tuple[str, Any]:
-    """Text and content of a file; both are empty where there is none."""
+def _rows(path: Path, is_right: Callable[[Any], bool], what: str) -> list[Row]:
+    rows: list[Row] = list(read_rows(path))
+    for number, row in enumerate(rows, start=1):
+        if not (isinstance(row, dict) and is_right(row)):
+            raise ValueError(f"{path}:{number}: not {what}")
+    return rows
+
+
+def _is_of_metrics(row: Row) -> bool:
+    wanted = [names.STEP, names.WALL_SECONDS]
+    if row.get(names.SPLIT) == names.EVAL:
+        wanted.append(names.ENV_ITERATIONS)
+    return names.SPLIT in row and all(
+        isinstance(row.get(key), int | float) for key in (*wanted, *(key for key in row if "/" in key))
+    )
+
+
+def _read(path: Path, parse: Callable[[str], Any]) -> tuple[str, dict[str, Any]]:
+    """Text and content of a file that holds a mapping; both are empty where there is none."""
     if not path.exists():
-        return "", parse("{}")
-    text = path.read_text("utf-8")
+        return "", {}
     try:
-        return text, parse(text)
-    except (yaml.YAMLError, json.JSONDecodeError) as error:
+        text = path.read_text("utf-8")
+        content = parse(text)
+    except (yaml.YAMLError, json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: damaged: {' '.join(str(error).split())}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: damaged: holds no keys")
+    return text, content

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +23,10 @@ SHADES = ("#1b3f9e", "#2457d6", "#4670d8", "#93b0f2", "#c4d3f8", "#d9dce2")
 _FONTS = ("Inter", "Helvetica Neue", "Helvetica", "Arial", "Liberation Sans", "DejaVu Sans")
 _LABEL_GAP = 0.085
 """Least distance of two line labels, as a share of the axes' height."""
+
+_SMALL = 0.01
+"""Numbers below this are not written out."""
+_SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 _AVAILABLE = {font.name for font in font_manager.fontManager.ttflist}
 RC: dict[str, Any] = {
@@ -99,9 +104,28 @@ def percent_axis(axes: Axes) -> None:
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0%}"))
 
 
+def number_axis(axes: Axes, largest: float, unit: str) -> str:
+    """A y axis of numbers that are short to read; per cent where that is the unit and the values are shares.
+
+    Returns:
+        The unit of the numbers at the axis: small ones are counted in a power of ten.
+    """
+    if unit == "%":
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.3g}%"))
+        return ""
+    if not 0 < largest < _SMALL:
+        axes.yaxis.set_major_formatter(
+            FuncFormatter(lambda value, _: f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}")
+        )
+        return unit
+    exponent = math.floor(math.log10(largest))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value / 10**exponent:.3g}"))
+    return f"10{str(exponent).translate(_SUPERSCRIPTS)} {unit}".rstrip()
+
+
 def step_axis(axes: Axes) -> None:
     """An x axis of whole steps."""
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6, steps=[1, 2, 5, 10]))
 
 
 def new_figure(width: float, height: float) -> Figure:
