@@ -1,11 +1,10 @@
-"""What the simulated policy writes, the programs it has run, and the tokenizer of tests."""
+"""What the simulated policy writes, and the programs it has run."""
 
 from __future__ import annotations
 
 import asyncio
 import math
 import random
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from _simulated_engine import Continuation
@@ -156,24 +155,3 @@ class SimulatedExecutors:
             run_seconds=seconds,
             queue_seconds=queue_seconds,
         )
-
-
-class PieceTokenizer:
-    """Four characters to a token, from a vocabulary that grows as it reads: for tests, it needs no file."""
-
-    def __init__(self) -> None:
-        self._pieces = [""]  # 0 ends a sequence
-        self._ids: dict[str, int] = {}
-
-    def encode(self, text: str, *, add_special_tokens: bool = False) -> list[int]:
-        assert not add_special_tokens
-        return [self._id(text[start : start + 4]) for start in range(0, len(text), 4)]
-
-    def decode(self, token_ids: Sequence[int]) -> str:
-        return "".join([self._pieces[token_id] for token_id in token_ids])
-
-    def _id(self, piece: str) -> int:
-        if piece not in self._ids:
-            self._ids[piece] = len(self._pieces)
-            self._pieces.append(piece)
-        return self._ids[piece]

@@ -7,6 +7,7 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 import pytest
+from piece_tokenizer import PieceTokenizer
 
 from megatron_ztrl.config.schema import ToolConfig
 from megatron_ztrl.envs.prompt_templates import get_template
@@ -19,7 +20,6 @@ from megatron_ztrl.types import ExecutionResult, Prompt, RolloutGroup, StopReaso
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 from _simulated_engine import Continuation, EngineTiming, SimulatedClient, SimulatedEngine
-from _simulated_policy import PieceTokenizer
 from _simulated_time import CpuMeter, run_virtually
 
 TIMING = EngineTiming(

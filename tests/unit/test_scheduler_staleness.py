@@ -10,13 +10,14 @@ import sys
 from pathlib import Path
 
 import pytest
+from piece_tokenizer import PieceTokenizer
 
 from megatron_ztrl.rollout.scheduler import TakenGroups
 from megatron_ztrl.types import NOT_SAMPLED
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 from _simulated_engine import EngineTiming
-from _simulated_policy import PieceTokenizer, Workload
+from _simulated_policy import Workload
 from rollout_simulator import Design, Scenario, simulate
 
 STEPS, GROUPS_PER_STEP = 60, 4

@@ -11,13 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from piece_tokenizer import PieceTokenizer
 
 from megatron_ztrl.engines import interruption
 from megatron_ztrl.types import Completion, FinishReason
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 from _simulated_engine import Continuation, EngineTiming, SimulatedClient, SimulatedEngine
-from _simulated_policy import PieceTokenizer, Workload
+from _simulated_policy import Workload
 from _simulated_time import CpuMeter, run_virtually
 from rollout_simulator import Design, Figures, Scenario, simulate
 
