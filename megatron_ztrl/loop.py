@@ -25,6 +25,7 @@ from megatron_ztrl.runtime.interrupt import StopRequest, unless_stopped
 from megatron_ztrl.runtime.system import launch
 from megatron_ztrl.session import TrainingSession
 from megatron_ztrl.weights.hf_checkpoint import HFCheckpointReader
+from megatron_ztrl.weights.transports import TrainerDied
 
 
 async def train(session: TrainingSession) -> bool:
@@ -76,10 +77,15 @@ def run_training(config: Config, *, resume: bool) -> None:
 
     Raises:
         ValueError: Something the user gave is missing or wrong.
+        TrainerDied: A Megatron rank's process has ended; says how to go on.
         KeyboardInterrupt: The run was interrupted; its state is saved.
     """
     collect_garbage_rarely()
-    if not asyncio.run(_run(config, resume=resume)):
+    try:
+        finished = asyncio.run(_run(config, resume=resume))
+    except TrainerDied as error:
+        raise TrainerDied(f"{error}; {_way_on(Path(config.run.directory))}") from error
+    if not finished:
         raise KeyboardInterrupt
 
 
@@ -123,6 +129,13 @@ async def _run(config: Config, *, resume: bool) -> bool:
                     finished = await train(session)
                 stop.loop_is_running = False
                 return finished
+
+
+def _way_on(directory: Path) -> str:
+    """What to do after a run has ended before its time."""
+    version = CheckpointStore(directory / "checkpoints", keep_last=1).latest_version()
+    where = "begins again: nothing was saved" if version is None else f"goes on from step {version}"
+    return f"ztrl train CONFIG run.directory={directory} --resume {where}"
 
 
 def _has_finished(config: Config, version: int) -> bool:

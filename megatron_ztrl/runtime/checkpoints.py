@@ -118,6 +118,11 @@ class CheckpointStore:
         found = self._all()
         return found[-1] if found else None
 
+    def latest_version(self) -> int | None:
+        """The step of `latest`."""
+        found = self.latest()
+        return None if found is None else int(found.name.removeprefix(PREFIX))
+
     def _path(self, prefix: str, version: int) -> Path:
         return self._directory / f"{prefix}{version:06d}"
 

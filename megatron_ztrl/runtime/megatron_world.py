@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import os
 import socket
-from collections.abc import Sequence
+from collections.abc import Awaitable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,8 +26,12 @@ from megatron_ztrl.types import TensorSlice
 from megatron_ztrl.weights.broadcaster import BroadcastGroup, TensorBucket
 from megatron_ztrl.weights.hf_mapping import ParallelLayout
 from megatron_ztrl.weights.sender import SendReport
+from megatron_ztrl.weights.transports import TrainerDied
 
 Role = Literal["actor", "critic", "reference"]
+WATCH_INTERVAL_SECONDS = 5.0
+NOTICE_SECONDS = 10.0
+"""Ray may learn of the death of a rank's process so long after its peers have."""
 
 
 class RankProcess:
@@ -66,6 +70,9 @@ class RankProcess:
         self._broadcaster = WeightBroadcaster(self._rank.parameter, rank)
         self._index = rank
         return self._rank.dp_rank, self._rank.is_output_rank
+
+    def exist(self) -> None:
+        """Returns once the rank has done all that it was told before."""
 
     def call(self, method: str, *args: Any, **kwargs: Any) -> Any:
         """Calls a method of the rank."""
@@ -121,17 +128,25 @@ class MegatronWorld:
 
     async def build(self) -> None:
         """Starts all ranks and loads the first weights into their shards."""
-        init_method = await self._ranks[0].rendezvous.remote()
+        (init_method,) = await self._all([self._ranks[0].rendezvous.remote()])
         roles = await user_facing(
-            asyncio.gather(
-                *(
-                    rank.build.remote(self._role, self._config, index, self._world_size, init_method)
-                    for index, rank in enumerate(self._ranks)
-                )
+            self._all(
+                rank.build.remote(self._role, self._config, index, self._world_size, init_method)
+                for index, rank in enumerate(self._ranks)
             )
         )
         outputs = {dp_rank: index for index, (dp_rank, is_output) in enumerate(roles) if is_output}
         self._output_rank_of_dp = [outputs[dp_rank] for dp_rank in sorted(outputs)]
+
+    async def watch(self) -> None:
+        """Notices the death of a rank that nobody calls just then. Never returns.
+
+        Raises:
+            TrainerDied: A rank's process has ended.
+        """
+        while True:
+            await self._all(rank.exist.remote() for rank in self._ranks)
+            await asyncio.sleep(WATCH_INTERVAL_SECONDS)
 
     async def logprobs(self, batch: PackedBatch) -> list[list[np.ndarray]]:
         """Log-probs of the trained tokens: [DP][M] arrays of [T], in nats."""
@@ -161,31 +176,28 @@ class MegatronWorld:
 
     async def join_weight_group(self, group: WeightGroup, links: Sequence[Sequence[Link]]) -> None:
         """Lets every rank meet the engine ranks it sends to."""
-        await asyncio.gather(
-            *(
-                rank.join_weight_group.remote(group, mine)
-                for rank, mine in zip(self._ranks, links, strict=True)
-            )
+        await self._all(
+            rank.join_weight_group.remote(group, mine) for rank, mine in zip(self._ranks, links, strict=True)
         )
 
     async def send_weights(self, publish: int) -> list[SendReport]:
         """Sends the current weights to the engines, all ranks at once."""
-        return await asyncio.gather(*(rank.send_weights.remote(publish) for rank in self._ranks))
+        return await self._all(rank.send_weights.remote(publish) for rank in self._ranks)
 
     async def invalid_weights(self) -> list[str | None]:
         """Which weights must not reach an engine, per rank."""
-        return await asyncio.gather(*(rank.invalid_weights.remote() for rank in self._ranks))
+        return await self._all(rank.invalid_weights.remote() for rank in self._ranks)
 
     async def join_broadcast_group(self, group: BroadcastGroup) -> None:
         """Lets rank 0 meet the engines."""
-        await asyncio.gather(*(rank.join_broadcast_group.remote(group) for rank in self._ranks))
+        await self._all(rank.join_broadcast_group.remote(group) for rank in self._ranks)
 
     async def broadcast_weights(self, buckets: Sequence[TensorBucket]) -> list[int]:
         """Sends the current weights to all engines at once. Returns the bytes that each rank sent."""
         import ray
 
         shared = ray.put(list(buckets))
-        return await asyncio.gather(*(rank.broadcast_weights.remote(shared) for rank in self._ranks))
+        return await self._all(rank.broadcast_weights.remote(shared) for rank in self._ranks)
 
     async def save_checkpoint(self, directory: Path) -> None:
         await user_facing(self.call("save_checkpoint", directory))
@@ -208,17 +220,48 @@ class MegatronWorld:
         """Calls a method on all ranks at once.
 
         Returns:
-            One result per rank. The first error of any rank is raised at once: its peers may hang in a
-            collective, so the world cannot be used any more.
+            One result per rank. The first error of any rank is raised: its peers may hang in a collective, so
+            the world cannot be used any more.
+
+        Raises:
+            TrainerDied: A rank's process has ended.
         """
         import ray
 
         shared = [ray.put(arg) if isinstance(arg, PackedBatch) else arg for arg in args]
-        return await asyncio.gather(*(rank.call.remote(method, *shared, **kwargs) for rank in self._ranks))
+        return await self._all(rank.call.remote(method, *shared, **kwargs) for rank in self._ranks)
 
     async def _per_replica(self, method: str, batch: PackedBatch) -> list[list[np.ndarray]]:
         results = await self.call(method, batch)
         return [results[index] for index in self._output_rank_of_dp]
+
+    async def _all(self, replies: Iterable[Awaitable[Any]]) -> list[Any]:
+        """What they return; instead of the first error, `TrainerDied` where it comes of the death of a rank."""
+        from ray.exceptions import RayActorError, RayTaskError
+
+        try:
+            return await asyncio.gather(*replies)
+        except RayActorError:
+            await self._find_dead()
+            raise
+        except RayTaskError as error:
+            if not isinstance(error.cause, ValueError | OSError):  # else it has nothing to do with the peers
+                await self._find_dead()
+            raise
+
+    async def _find_dead(self) -> None:
+        """Raises `TrainerDied` if a rank's process has ended. Those that live may hang, and are not waited for."""
+        from ray.exceptions import RayActorError
+
+        replies = [asyncio.ensure_future(rank.exist.remote()) for rank in self._ranks]
+        await asyncio.wait(replies, timeout=NOTICE_SECONDS, return_when=asyncio.FIRST_EXCEPTION)
+        for reply in replies:
+            reply.cancel()  # does nothing to one that is there
+        for index, error in enumerate(await asyncio.gather(*replies, return_exceptions=True)):
+            if isinstance(error, RayActorError):
+                raise TrainerDied(
+                    f"rank {index} of the {self._world_size} of the {self._role} died: {_cause(error)}"
+                ) from error
 
     def kill(self) -> None:
         """Ends all ranks at once."""
@@ -228,6 +271,12 @@ class MegatronWorld:
             ray.kill(rank)
         if self._gpus is not None:
             ray.util.remove_placement_group(self._gpus)
+
+
+def _cause(death: Exception) -> str:
+    """The sentence of Ray's that says how a process ended, without its guesses at the reason."""
+    *_, last = str(death).strip().splitlines()
+    return last.partition(" There are some potential root causes")[0].partition(" Some common causes")[0]
 
 
 def _reserve_gpus(layout: ParallelLayout) -> Any:

@@ -209,6 +209,9 @@ async def launch(
         run_directory: Logs of the servers go to ``logs/`` in it.
         tokenizer: Of the policy.
         progress: The terminal.
+
+    Raises:
+        TrainerDied: A Megatron rank's process has ended, now or later.
     """
     configured_engines = config.engine.count
     config = with_standing_count(config, run_directory)
@@ -234,7 +237,9 @@ async def launch(
             backend="nccl" if cluster_gpus() else "gloo",
         )
         stack.push_async_callback(publisher.close)
-        await _supervise(rollouts, publisher, configured_engines, progress, stack)
+        supervisor = await _supervise(rollouts, publisher, configured_engines, progress, stack)
+        for world in worlds.values():
+            supervisor.spawn(world.watch())
         yield System(
             rollouts=rollouts,
             actor=actor,
@@ -288,13 +293,14 @@ async def _supervise(
     configured_engines: int,
     progress: Progress,
     stack: contextlib.AsyncExitStack,
-) -> None:
+) -> Supervisor:
     """Replaces servers that die from now on; entered last, so that nothing is replaced while all is taken down."""
     supervisor = await stack.enter_async_context(Supervisor(progress.note))
     rollouts.engines.supervise(supervisor, publisher)
     rollouts.executors.supervise(supervisor)
     directory = Path(rollouts.config.run.directory)
     supervisor.spawn(follow_requests(directory, configured_engines, rollouts.engines.scale, progress.note))
+    return supervisor
 
 
 def _check_ports_and_gpus(config: Config, roles: Sequence[Role]) -> None:

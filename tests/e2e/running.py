@@ -1,7 +1,9 @@
 """Starts runs of the quickstart as a user would, and looks at what they left."""
 
+import contextlib
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -39,15 +41,29 @@ def rows(directory, split):
     return [row for row in map(json.loads, lines) if row["split"] == split]
 
 
+def processes_of(marker):
+    """Every process of the run: Ray's, the servers' and their children."""
+    return [
+        process
+        for process in psutil.process_iter(["cmdline", "environ"])
+        if marker in (process.info["environ"] or {}).get("ZTRL_TEST_MARKER", "")
+    ]
+
+
+def shared_files(marker):
+    """What the run's engines share through memory."""
+    maps = []
+    for process in processes_of(marker):
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+            maps.append(Path(f"/proc/{process.pid}/maps").read_text())
+    return {Path(name) for name in re.findall("/dev/shm/sglang.*", "".join(maps))}
+
+
 def assert_nothing_left(marker):
     """No process mentions the run, and none of Ray's or the servers' processes is an orphan of it."""
     deadline = time.monotonic() + 10
     while True:
-        left = [
-            process.info["cmdline"]
-            for process in psutil.process_iter(["cmdline", "environ"])
-            if marker in (process.info["environ"] or {}).get("ZTRL_TEST_MARKER", "")
-        ]
+        left = [process.info["cmdline"] for process in processes_of(marker)]
         if not left or time.monotonic() > deadline:
             assert left == []
             return

@@ -9,9 +9,8 @@ import shutil
 import signal
 import socket
 
-import psutil
 import pytest
-from running import GREEDY, QUICKSTART, SMALL, assert_nothing_left, rows, ztrl
+from running import GREEDY, QUICKSTART, SMALL, assert_nothing_left, processes_of, rows, ztrl
 
 from megatron_ztrl.config.load import load_config
 from megatron_ztrl.runtime.checkpoints import CheckpointStore, verify
@@ -140,11 +139,9 @@ def test_a_full_disk_ends_a_run_in_one_line_with_its_last_checkpoint_unharmed(tm
     for line in process.stdout:
         if line.startswith("step 3/"):  # two checkpoints are complete
             break
-    for rank in psutil.process_iter(["cmdline", "environ"]):
-        is_ours = marker in (rank.info["environ"] or {}).get("ZTRL_TEST_MARKER", "")
-        if is_ours and "RankProcess" in " ".join(rank.info["cmdline"] or []):
-            _, most = resource.prlimit(rank.pid, resource.RLIMIT_FSIZE)
-            resource.prlimit(rank.pid, resource.RLIMIT_FSIZE, (500_000, most))  # a disk with no more room
+    for rank in ranks_of(marker):
+        _, most = resource.prlimit(rank.pid, resource.RLIMIT_FSIZE)
+        resource.prlimit(rank.pid, resource.RLIMIT_FSIZE, (500_000, most))  # a disk with no more room
     output = process.stdout.read()
     assert process.wait(timeout=120) == 2, output
     last = output.splitlines()[-1]
@@ -152,3 +149,39 @@ def test_a_full_disk_ends_a_run_in_one_line_with_its_last_checkpoint_unharmed(tm
     assert "Traceback" not in output
     verify(CheckpointStore(run / "checkpoints", keep_last=1).latest())
     assert_nothing_left(marker)
+
+
+@pytest.mark.slow
+def test_a_trainer_rank_that_is_killed_ends_a_run_in_one_line_that_says_how_to_go_on(tmp_path, marker):
+    run = tmp_path / "run"
+    command = ("train", str(QUICKSTART), f"run.directory={run}", "checkpoint.interval_steps=1", *SMALL)
+    process = ztrl(*command, "train.num_steps=1000")
+    for line in process.stdout:
+        if line.startswith("step 3/"):  # two checkpoints are complete
+            break
+    ranks_of(marker)[-1].kill()
+    output = process.stdout.read()
+    assert process.wait(timeout=120) == 1, output
+    assert "Traceback" not in output
+    (error,) = (line for line in output.splitlines() if line.startswith("error: "))
+    way_on = f"ztrl train CONFIG run.directory={run} --resume goes on from step "
+    said = re.fullmatch(rf"error: rank [01] of the 2 of the actor died: .+; {way_on}(\d+)", error)
+    assert said, output
+    version = int(said[1])
+    assert version >= 2
+    assert_nothing_left(marker)
+
+    process = ztrl(*command, f"train.num_steps={version + 1}", "--resume")
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output
+    assert [row["step"] for row in rows(run, "train")] == list(range(1, version + 2))
+    assert_nothing_left(marker)
+
+
+def ranks_of(marker):
+    """The trainer's processes of the run."""
+    return [
+        process
+        for process in processes_of(marker)
+        if "RankProcess" in " ".join(process.info["cmdline"] or [])
+    ]

@@ -9,6 +9,10 @@ from typing import Literal, Protocol
 from megatron_ztrl.engines.client import EngineClient
 
 
+class TrainerDied(RuntimeError):
+    """A process of the trainer has ended, and the others are of no use without it. The message says which, and why."""
+
+
 @dataclass(kw_only=True)
 class Delivery:
     """What became of every engine. None is in two of the three."""
@@ -44,7 +48,11 @@ class Transport(Protocol):
     """Moves weights into paused engines with an open weight update."""
 
     async def deliver(self, engines: Sequence[EngineClient], version: int) -> Delivery:
-        """Bring the trainer's current weights into these engines. Failures are in what is returned."""
+        """Bring the trainer's current weights into these engines. Other failures are in what is returned.
+
+        Raises:
+            TrainerDied: nobody has the weights any more.
+        """
         ...
 
     async def commit(self, engine: EngineClient, version: int) -> None:

@@ -17,7 +17,7 @@ from megatron_ztrl.engines.client import EngineClient, EngineError
 from megatron_ztrl.types import TensorSlice
 from megatron_ztrl.weights.broadcaster import BroadcastGroup, TensorBucket
 from megatron_ztrl.weights.reshard import Transfer, plan
-from megatron_ztrl.weights.transports import Delivery, Network
+from megatron_ztrl.weights.transports import Delivery, Network, TrainerDied
 
 _ITEM_BYTES = {"float32": 4, "bfloat16": 2}
 
@@ -94,6 +94,8 @@ class BroadcastTransport:
                 delivery.complete.append(engine)
                 model_bytes = sum(map(math.prod, self._shapes.values())) * _ITEM_BYTES[group.dtype]
                 delivery.received_bytes[engine.url] = [model_bytes] * self._config.engine.tensor_parallel_size
+        if isinstance(sent, TrainerDied):
+            raise sent
         if isinstance(sent, BaseException):
             delivery.trainer_error = f"{type(sent).__name__}: {sent}"
         else:
@@ -150,6 +152,8 @@ class BroadcastTransport:
                 delivery.lost[engine] = str(outcome)
             elif isinstance(outcome, BaseException):
                 raise outcome
+        if isinstance(met, TrainerDied):
+            raise met
         if isinstance(met, BaseException):
             delivery.trainer_error = f"{type(met).__name__}: {met}"
         reason = "the broadcast group did not come together"

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Protocol
 
 from megatron_ztrl.engines.client import EngineClient, EngineError
-from megatron_ztrl.weights.transports import Delivery
+from megatron_ztrl.weights.transports import Delivery, TrainerDied
 
 
 class ExportingWorld(Protocol):
@@ -41,6 +41,8 @@ class DiskTransport:
         await self.close()
         try:
             await self._actor.export_hf(self._directory)
+        except TrainerDied:
+            raise
         except (OSError, RuntimeError) as error:
             reason = f"{type(error).__name__}: {error}"
             return Delivery(trainer_error=reason, untouched=dict.fromkeys(engines, reason))

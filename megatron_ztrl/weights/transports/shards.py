@@ -19,7 +19,7 @@ from megatron_ztrl.engines.weight_stream import Link, Piece, schedule
 from megatron_ztrl.types import TensorSlice
 from megatron_ztrl.weights.reshard import PublishPlan, plan
 from megatron_ztrl.weights.sender import SendReport
-from megatron_ztrl.weights.transports import Delivery, Network
+from megatron_ztrl.weights.transports import Delivery, Network, TrainerDied
 
 GRACE_SECONDS = 15.0
 """How long the others may take to notice that one has failed."""
@@ -251,7 +251,9 @@ class _Attempt:
             self.trainer_error = (
                 f"the trainer did not notice within {GRACE_SECONDS:.0f} s that an engine failed"
             )
-        elif (error := sender.exception()) is not None:
+        elif isinstance(error := sender.exception(), TrainerDied):
+            raise error
+        elif error is not None:
             self.trainer_error = f"{type(error).__name__}: {error}"
         else:
             self.sent_bytes = [report.sent_bytes for report in sender.result()]
