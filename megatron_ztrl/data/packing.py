@@ -114,15 +114,9 @@ def pack(
 def split_minibatches(sample_count: int, count: int, rng: np.random.Generator) -> list[list[int]]:
     """Splits sample indices at random into ``count`` minibatches whose sizes differ by at most one.
 
-    Raises:
-        ValueError: There are fewer samples than minibatches.
+    There are fewer minibatches if the infrastructure has failed so many rollouts that some would be empty.
     """
-    if sample_count < count:
-        raise ValueError(
-            f"algorithm.minibatches={count} but the training batch has only {sample_count} samples: "
-            "lower algorithm.minibatches or raise rollout.groups_per_step"
-        )
-    return [part.tolist() for part in np.array_split(rng.permutation(sample_count), count)]
+    return [part.tolist() for part in np.array_split(rng.permutation(sample_count), min(count, sample_count))]
 
 
 def with_per_token(batch: PackedBatch, name: str, values: Sequence[Sequence[np.ndarray]]) -> PackedBatch:
