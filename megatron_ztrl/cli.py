@@ -75,7 +75,8 @@ def _train(options: argparse.Namespace) -> int:
 
 
 def _evaluate(options: argparse.Namespace) -> int:
-    config = _load(options.config, options.words)
+    # What training evaluates in between has nothing to agree with here.
+    config = _load(options.config, [*options.words, "eval.interval_env_iterations=[]"])
     from megatron_ztrl.runtime.processes import sole_driver
 
     with sole_driver(Path(config.run.directory)):

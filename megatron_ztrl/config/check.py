@@ -32,6 +32,7 @@ _WORLD_RANGES: dict[str, tuple[float, float]] = {
     "max_grad_norm": (_POSITIVE, math.inf),
 }
 _RANGES: dict[str, tuple[float, float]] = {
+    "run.seed": (0, 2**32 - 1),  # what numpy's generators and the engines take
     "train.num_steps": (1, math.inf),
     "data.max_prompt_tokens": (1, math.inf),
     "rollout.groups_per_step": (1, math.inf),
@@ -130,14 +131,15 @@ def _ranges(config: Config) -> Iterator[str]:
         value = getattr(getattr(config, section), name)
         # Written so that NaN, which fails every comparison, is refused.
         if value is not None and not (low <= value <= high and math.isfinite(value)):
-            yield f"{path}: must be {_bounds(low, high)}, got {value}"
+            finite = "" if math.isfinite(value) else "a finite number, "
+            yield f"{path}: must be {finite}{_bounds(low, high)}, got {value}"
 
 
 def _bounds(low: float, high: float) -> str:
-    lower = "above 0" if low == _POSITIVE else f"at least {low:g}"
+    lower = "above 0" if low == _POSITIVE else f"at least {low:.10g}"
     if high == math.inf:
         return lower
-    return f"{lower} and {'below 1' if high == _BELOW_ONE else f'at most {high:g}'}"
+    return f"{lower} and {'below 1' if high == _BELOW_ONE else f'at most {high:.10g}'}"
 
 
 def _paths(config: Config) -> Iterator[str]:

@@ -99,8 +99,12 @@ def _apply_override(tree: DictConfig, override: str) -> str:
             dict[str, Any], OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]))
         )
         OmegaConf.update(tree, key, parsed["value"], force_add=True)
-    except (OmegaConfBaseException, yaml.YAMLError, ValueError, IndexError, TypeError) as error:
-        raise ConfigError(f"override {override!r}: {_first_line(error)}") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"override {override!r}: the value is not valid YAML; text may need quotes") from error
+    except (OmegaConfBaseException, ValueError, IndexError, TypeError) as error:
+        on_the_way = isinstance(error, IndexError) or not isinstance(error, OmegaConfBaseException)
+        reason = f"there is no {key}: the entries of a list are numbers from 0 on"
+        raise ConfigError(f"override {override!r}: {reason if on_the_way else _first_line(error)}") from error
     return key
 
 
@@ -132,7 +136,7 @@ def _describe(error: ValidationError, path: Path, overridden: list[str]) -> list
     for problem in error.errors():
         *parents, name = problem["loc"]
         config_path = ".".join(map(str, problem["loc"]))
-        from_override = any(key == config_path or key.startswith(f"{config_path}.") for key in overridden)
+        from_override = any(_contains(config_path, key) or _contains(key, config_path) for key in overridden)
         where = f"{'override' if from_override else path}: {config_path}"
         match problem["type"]:
             case "unexpected_keyword_argument":
@@ -145,8 +149,13 @@ def _describe(error: ValidationError, path: Path, overridden: list[str]) -> list
                 lines.append(f"{where}: must be a mapping of keys, got {json.dumps(problem['input'])}")
             case _:
                 got = json.dumps(problem["input"])
-                lines.append(f"{where}: {problem['msg'].replace('Input should', 'must')}, got {got}")
+                wanted = problem["msg"].replace("Input should", "must").replace("valid array", "list")
+                lines.append(f"{where}: {wanted}, got {got}")
     return lines
+
+
+def _contains(outer: str, inner: str) -> bool:
+    return f"{inner}.".startswith(f"{outer}.")
 
 
 def _section(path: list[Any]) -> type:

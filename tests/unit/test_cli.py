@@ -231,6 +231,21 @@ def test_the_version_is_told(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out == f"ztrl {__version__}\n"
 
 
+def test_an_evaluation_may_leave_out_an_n_that_training_evaluates_in_between(
+    config: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from megatron_ztrl import evaluate
+
+    evaluated = []
+    monkeypatch.setattr(
+        evaluate, "run_evaluation", lambda config: evaluated.append(config.eval.env_iterations)
+    )
+    in_between = "eval: {interval_env_iterations: [2], "
+    config.write_text(config.read_text().replace("eval: {", in_between))
+    assert cli.main(["eval", str(config), "eval.env_iterations=[0,4]"]) == 0
+    assert evaluated == [[0, 4]]
+
+
 def test_an_evaluation_of_no_n_is_one_line(config: Path) -> None:
     (config.parent / "problems.jsonl").write_text('{"problem": "1 + 1", "answer": "2"}\n')
     problems = f"data.eval=[{{name: e, path: {config.parent / 'problems.jsonl'}}}]"

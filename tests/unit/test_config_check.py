@@ -32,7 +32,10 @@ def test_the_defaults_are_accepted(yaml_file: Path) -> None:
     ("overrides", "message"),
     [
         (["rollout.group_size=1"], "rollout.group_size: must be at least 2, got 1"),
-        (["rollout.temperature=.nan"], "rollout.temperature: must be above 0, got nan"),
+        (["rollout.temperature=.nan"], "rollout.temperature: must be a finite number, above 0, got nan"),
+        (["actor.learning_rate=.inf"], "actor.learning_rate: must be a finite number, above 0, got inf"),
+        (["run.seed=-1"], "run.seed: must be at least 0 and at most 4294967295, got -1"),
+        (["run.seed=4294967296"], "run.seed: must be at least 0 and at most 4294967295, got 4294967296"),
         (["actor.learning_rate=0"], "actor.learning_rate: must be above 0, got 0.0"),
         (["rollout.top_p=1.1"], "rollout.top_p: must be above 0 and at most 1, got 1.1"),
         (["actor.adam_beta1=1.0"], "actor.adam_beta1: must be at least 0 and below 1, got 1.0"),

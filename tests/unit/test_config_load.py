@@ -125,8 +125,20 @@ def test_an_unknown_key_without_a_likely_one_lists_the_known_keys(yaml_file: Pat
         ("data.eval.0.limt=2", "override: data.eval.0.limt: unknown key; did you mean 'limit'?"),
         ("train=null", "override: train: must be a mapping of keys, got null"),
         ("train.num_steps", "override 'train.num_steps': write it as section.key=value"),
-        ("data.eval.7.name=x", "override 'data.eval.7.name=x': list index out of range"),
-        ("train.num_steps=[1", "override 'train.num_steps=[1': while parsing a flow sequence"),
+        (
+            "data.eval.7.name=x",
+            "override 'data.eval.7.name=x': there is no data.eval.7.name: the entries of a list are numbers from 0 on",
+        ),
+        (
+            "data.eval.x.name=y",
+            "override 'data.eval.x.name=y': there is no data.eval.x.name: the entries of a list are numbers from 0 on",
+        ),
+        ("eval.env_iterations=2", "override: eval.env_iterations: must be a list, got 2"),
+        ("eval.env_iterations=[a]", 'override: eval.env_iterations.0: must be a valid integer, got "a"'),
+        (
+            "train.num_steps=[1",
+            "override 'train.num_steps=[1': the value is not valid YAML; text may need quotes",
+        ),
     ],
 )
 def test_a_wrong_override_is_refused(yaml_file: Path, override: str, message: str) -> None:
