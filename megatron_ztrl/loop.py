@@ -25,6 +25,7 @@ from megatron_ztrl.runtime.interrupt import StopRequest, unless_stopped
 from megatron_ztrl.runtime.system import launch
 from megatron_ztrl.session import TrainingSession
 from megatron_ztrl.weights.hf_checkpoint import HFCheckpointReader
+from megatron_ztrl.weights.publish import check_engines
 from megatron_ztrl.weights.transports import TrainerDied
 
 
@@ -92,6 +93,7 @@ def run_training(config: Config, *, resume: bool) -> None:
 async def _run(config: Config, *, resume: bool) -> bool:
     # Everything that the user may have got wrong is read before the first process starts.
     HFCheckpointReader(Path(config.model.path))
+    check_engines(config)
     tokenizer = PolicyTokenizer(Path(config.model.path))
     source = PromptSource(
         load_prompts(config.data.train, get_template(config.data.prompt_template).render),

@@ -205,6 +205,18 @@ class WeightPublisher:
         self._engines = [engine for engine in self._engines if engine not in lost]
 
 
+def check_engines(config: Config) -> None:
+    """Finds, before any process starts, engines that weights cannot be published to.
+
+    Raises:
+        ValueError: one line with the config path and the fix.
+    """
+    hf_config = _read_hf_config(config.model.path)
+    _refuse_quantised(config, hf_config)
+    if config.publish.transport == "shards":
+        engine_slices(hf_config, config.engine.tensor_parallel_size, 0)
+
+
 async def _close(engine: EngineClient) -> None:
     await engine.end_weight_update()
     await engine.resume()

@@ -119,6 +119,15 @@ def test_a_spoilt_checkpoint_is_one_clear_line_before_anything_starts(tmp_path, 
     assert len(output.splitlines()) == 1
 
 
+@pytest.mark.parametrize("override", ["engine.tensor_parallel_size=3", "sglang.server_args.quantization=fp8"])
+def test_engines_that_cannot_take_weights_are_one_clear_line_before_anything_starts(tmp_path, override):
+    process = ztrl("train", str(QUICKSTART), f"run.directory={tmp_path / 'run'}", *SMALL, override)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 2, output
+    assert output.startswith(f"error: {override.partition('=')[0]}: ")
+    assert len(output.splitlines()) == 1
+
+
 def test_a_row_without_an_answer_is_named_with_its_file(tmp_path):
     rows = tmp_path / "problems.jsonl"
     rows.write_text('{"problem": "1 + 1", "answer": "2"}\n{"problem": "1 + 2"}\n')
