@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import itertools
 import json
+from collections import deque
 from collections.abc import AsyncIterator, Callable, Mapping
 from pathlib import Path
 from statistics import fmean
@@ -31,21 +32,43 @@ _FIRST_MEASURES = (names.ACCURACY, names.CODE_PROPORTION, names.CODE_RATIO)
 
 
 class UrgentShare:
-    """At most so many of a fleet's rollouts (None: no limit), seated before all that wait for an engine.
+    """A share of the places that a fleet has (None: all), seated before all that wait for an engine.
 
     Thousands of rollouts of later training steps may stand in that line, and the next publish, or all of training,
-    waits for the evaluation. The limit is what leaves training the rest of the engines.
+    waits for the evaluation. The share is what leaves training the rest of the engines, however many there are just
+    then: engines die, are added and removed.
     """
 
-    def __init__(self, fleet: EngineFleet, max_rollouts: int | None) -> None:
+    def __init__(self, fleet: EngineFleet, share: float | None) -> None:
         self._fleet = fleet
-        self._slots = contextlib.nullcontext() if max_rollouts is None else asyncio.Semaphore(max_rollouts)
+        self._share = share
+        self._inside = 0
+        self._waiting: deque[asyncio.Future[None]] = deque()
 
     @contextlib.asynccontextmanager
     async def engine(self) -> AsyncIterator[Engine]:
         """The engine of one rollout."""
-        async with self._slots, self._fleet.engine(urgent=True) as engine:
-            yield engine
+        turn = asyncio.get_running_loop().create_future()
+        self._waiting.append(turn)
+        self._let_in()
+        try:
+            await turn
+            async with self._fleet.engine(urgent=True) as engine:
+                yield engine
+        finally:
+            if turn.done() and not turn.cancelled():
+                self._inside -= 1
+            self._let_in()
+
+    def _let_in(self) -> None:
+        while self._waiting and self._has_room():
+            turn = self._waiting.popleft()
+            if not turn.cancelled():
+                turn.set_result(None)
+                self._inside += 1
+
+    def _has_room(self) -> bool:
+        return self._share is None or self._inside < max(1, int(self._share * self._fleet.capacity))
 
 
 class Evaluator:
@@ -67,8 +90,7 @@ class Evaluator:
                 max_call_tokens=config.rollout.max_call_tokens,
             )
         )
-        slots = config.engine.max_running_requests * config.engine.count
-        self._beside = UrgentShare(system.fleet, max(1, int(config.eval.beside_share * slots)))
+        self._beside = UrgentShare(system.fleet, config.eval.beside_share)
         self._alone = UrgentShare(system.fleet, None)
 
     @property

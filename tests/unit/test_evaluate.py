@@ -16,7 +16,7 @@ from megatron_ztrl.config.schema import (
     TrainConfig,
 )
 from megatron_ztrl.envs.prompt_templates import get_template
-from megatron_ztrl.evaluate import Evaluator
+from megatron_ztrl.evaluate import Evaluator, UrgentShare
 from megatron_ztrl.rollout.fleet import EngineFleet
 from megatron_ztrl.rollout.group import GroupRunner
 from megatron_ztrl.rollout.journal import Journal
@@ -169,6 +169,48 @@ async def test_beside_training_it_has_its_share_of_the_engines_and_no_more(share
     engine = Echo()
     await evaluator_on(engine, share=share).evaluate(0, beside=True)
     assert engine.most == most
+
+
+async def test_its_share_is_of_the_engines_that_there_are_just_then():
+    first, second = Echo(), Echo()
+    fleet = EngineFleet([first], max_concurrent_per_engine=12)
+    share = UrgentShare(fleet, 0.25)
+    began, ended, leaving = 0, 0, asyncio.Semaphore(0)
+
+    async def roll_out():
+        nonlocal began, ended
+        async with share.engine():
+            began += 1
+            await leaving.acquire()
+            ended += 1
+
+    async def leave(count):
+        for _ in range(count):
+            leaving.release()
+        before = ended
+        while ended < before + count:  # noqa: ASYNC110 (nothing is waited for but the loop itself)
+            await asyncio.sleep(0)
+        for _ in range(10):
+            await asyncio.sleep(0)
+        return began - ended
+
+    rollouts = [asyncio.create_task(roll_out()) for _ in range(30)]
+    assert await leave(0) == 3
+    fleet.add(second)
+    assert await leave(1) == 6
+    rollouts[-1].cancel()  # which waits
+    rollouts[3].cancel()  # which is inside
+    began -= 1
+    assert await leave(0) == 6
+    fleet.remove(first)
+    assert [await leave(count) for count in (2, 2, 2)] == [4, 3, 3]
+    fleet.remove(second)
+    assert [await leave(count) for count in (1, 1, 1)] == [2, 1, 0]  # one is let in, and waits for an engine
+    fleet.add(first)
+    assert [await leave(count) for count in (0, 1)] == [1, 3]
+    for rollout in rollouts:
+        rollout.cancel()
+    await asyncio.gather(*rollouts, return_exceptions=True)
 
 
 async def test_with_training_waiting_it_has_all_engines():
