@@ -152,6 +152,7 @@ class EngineServer:
                 raise EngineDied(f"engine {self.url} ended with code {code}\n{self.log_tail()}")
         self._end_reservations()
         self._shared_files = _shared_files(session_members(self.pid))
+        self._shared_files_list().write_text("".join(f"{path}\n" for path in self._shared_files))
 
     def _reserve(self, port: int | None) -> int:
         self._reservations.append(reserve_engine_port(self._host, port))
@@ -193,6 +194,10 @@ class EngineServer:
             self._end_reservations()
             self._process = None
 
+    def _shared_files_list(self) -> Path:
+        """For the guard of the session, who removes them when nobody is left to call ``stop``."""
+        return Path(self._scratch.name) / "shared_files"
+
     def _session_is_ours(self) -> bool:
         """Whether the processes of the session, if there are any, are those that the server started.
 
@@ -228,6 +233,7 @@ class EngineServer:
         if Path(self._config.model.path).is_dir():
             variables["HF_HUB_OFFLINE"] = "1"
         variables["TMPDIR"] = self._scratch.name  # SGLang leaves its sockets behind
+        variables[tether.SHARED_FILES_VARIABLE] = str(self._shared_files_list())
         inherited = os.environ.get("PYTHONPATH")
         variables["PYTHONPATH"] = os.pathsep.join([*paths, *([inherited] if inherited else [])])
         return {**os.environ, **variables}

@@ -2,7 +2,7 @@
 
 The processes of an SGLang server tie themselves to its launcher, but only after some ten seconds of imports: those of
 a launcher that is killed before that would stay for ever. So a guard stays in the launcher's session, asleep until
-the launcher has ended, and kills whoever is left.
+the launcher has ended, kills whoever is left, and removes what they shared through memory.
 
 A small program and not a ``preexec_fn``, which may deadlock in a process with threads (a Ray actor has many). It needs
 nothing but the standard library.
@@ -24,6 +24,8 @@ PR_SET_PDEATHSIG = 1
 GRACE_SECONDS = 15.0
 """How long a process may take to be gone."""
 POLL_SECONDS = 0.01
+SHARED_FILES_VARIABLE = "ZTRL_SHARED_FILES"
+"""Where the command's environment names a file, that lists files which killed processes would leave, one a line."""
 
 
 def main() -> None:
@@ -43,6 +45,9 @@ def _guard(launcher: int) -> None:
     with contextlib.suppress(ProcessLookupError):  # it has ended already
         select.select([os.pidfd_open(launcher)], [], [])
     end_session(launcher, spare=os.getpid())
+    with contextlib.suppress(KeyError, FileNotFoundError):  # there is no list, or not yet
+        for path in Path(os.environ[SHARED_FILES_VARIABLE]).read_text().splitlines():
+            Path(path).unlink(missing_ok=True)
 
 
 def end_session(session: int, *, spare: int | None = None) -> None:

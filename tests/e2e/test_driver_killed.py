@@ -5,7 +5,7 @@ import json
 import re
 
 import pytest
-from running import QUICKSTART, SMALL, assert_nothing_left, rows, ztrl
+from running import QUICKSTART, SMALL, assert_nothing_left, rows, shared_files, ztrl
 
 STEPS, GROUPS = 6, 4
 ASYNCHRONOUS = (
@@ -30,8 +30,8 @@ def resumed(output):
     return int(found[1]), int(found[2].replace(",", ""))
 
 
-def kill_after(process, line_start):
-    """The driver alone gets the signal, just as the next step is on its way."""
+def kill_after(process, line_start, marker):
+    """The driver alone gets the signal, just as the next step is on its way. Nothing is left of the others."""
     output = ""
     for line in process.stdout:
         output += line
@@ -39,19 +39,21 @@ def kill_after(process, line_start):
             break
     else:
         pytest.fail(output)
+    shared = shared_files(marker)
+    assert shared
     process.kill()
     process.wait(timeout=60)
+    assert_nothing_left(marker)
+    assert [path for path in shared if path.exists()] == []
     return output
 
 
 @pytest.mark.slow
 def test_a_run_whose_driver_is_killed_twice_trains_every_group_once(tmp_path, marker):
     run = tmp_path / "run"
-    kill_after(start(run), "step 3/")
-    assert_nothing_left(marker)
+    kill_after(start(run), "step 3/", marker)
 
-    output = kill_after(start(run, "--resume"), "step 5/")
-    assert_nothing_left(marker)
+    output = kill_after(start(run, "--resume"), "step 5/", marker)
     rollouts, tokens = resumed(output)
     assert rollouts > 0 and tokens > rollouts  # of step 2's policy and earlier
 

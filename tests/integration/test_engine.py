@@ -173,6 +173,33 @@ def test_what_a_tethered_process_has_started_dies_with_it():
     assert not list(session_members(launcher.pid))
 
 
+def test_what_killed_processes_shared_through_memory_is_removed_though_nobody_is_left_to_stop_them(tmp_path):
+    shared, foreign, listing = (tmp_path / name for name in ("shared", "foreign", "listing"))
+    shared.touch()
+    foreign.touch()
+    launcher = subprocess.Popen(
+        [sys.executable, tether.__file__, str(os.getpid()), "sh", "-c", "echo started; sleep 600"],
+        env={**os.environ, tether.SHARED_FILES_VARIABLE: str(listing)},
+        stdout=subprocess.PIPE,
+        start_new_session=True,
+    )
+    assert launcher.stdout.readline() == b"started\n"
+    listing.write_text(f"{shared}\n{tmp_path / 'gone already'}\n")  # later than the start, as a server does
+    launcher.kill()
+    launcher.wait()
+    assert launcher.stdout.read() == b""  # returns when the guard, too, has ended
+    assert not shared.exists()
+    assert foreign.exists()
+
+
+def test_a_server_lists_what_its_processes_share_through_memory(server):
+    listing = Path(psutil.Process(server.pid).environ()[tether.SHARED_FILES_VARIABLE])
+    listed = listing.read_text().splitlines()
+    assert any("sglang_loads" in path for path in listed)
+    mapped = "".join(Path(f"/proc/{pid}/maps").read_text() for pid in session_members(server.pid))
+    assert set(listed) == set(re.findall("/dev/shm/.*", mapped))
+
+
 def test_the_processes_of_a_server_are_forked_from_it(server):
     """The kernel puts a page of its own somewhere else in every program that is started, but not in a fork."""
     launcher = psutil.Process(server.pid)
