@@ -20,10 +20,12 @@ from megatron_ztrl.observability.names import FINISHED_FILE
 from megatron_ztrl.observability.progress import Progress
 from megatron_ztrl.observability.run_info import write_run_info
 from megatron_ztrl.runtime.checkpoints import CheckpointStore, read_state, verify
+from megatron_ztrl.runtime.driver_state import DriverState
 from megatron_ztrl.runtime.garbage import collect_garbage_rarely
 from megatron_ztrl.runtime.interrupt import StopRequest, unless_stopped
 from megatron_ztrl.runtime.system import launch
 from megatron_ztrl.session import TrainingSession
+from megatron_ztrl.trainer.topology import check_same_model, read_architecture
 from megatron_ztrl.weights.hf_checkpoint import HFCheckpointReader
 from megatron_ztrl.weights.publish import check_engines
 from megatron_ztrl.weights.transports import TrainerDied
@@ -109,6 +111,7 @@ async def _run(config: Config, *, resume: bool) -> bool:
         if _has_finished(config, read_state(checkpoint)["version"]):
             print(f"{directory} has already reached step {config.train.num_steps} (train.num_steps)")
             return True
+        _check_resumable(config, checkpoint, source)
     write_run_info(config)
     with Progress(config.train.num_steps) as progress:
         stop = StopRequest(progress.note)
@@ -138,6 +141,20 @@ def _way_on(directory: Path) -> str:
     version = CheckpointStore(directory / "checkpoints", keep_last=1).latest_version()
     where = "begins again: nothing was saved" if version is None else f"goes on from step {version}"
     return f"ztrl train CONFIG run.directory={directory} --resume {where}"
+
+
+def _check_resumable(config: Config, checkpoint: Path, source: PromptSource) -> None:
+    """Refuses the checkpoint of a run that was another, before the record of that run is overwritten.
+
+    Raises:
+        ValueError: It has other prompts, another model, or no critic.
+    """
+    state = DriverState.read(checkpoint)
+    if state.source is not None:
+        source.restore(state.source)
+    check_same_model(checkpoint / "actor", read_architecture(Path(config.model.path)))
+    if config.algorithm.advantage == "gae" and not (checkpoint / "critic").is_dir():
+        raise ValueError(f"{checkpoint} has no critic: it is of a run with another algorithm.advantage")
 
 
 def _has_finished(config: Config, version: int) -> bool:

@@ -168,13 +168,8 @@ class System:
         """Resumes from ``save_checkpoint``.
 
         Raises:
-            ValueError: There is none, or it has no critic.
+            ValueError: There is none, or it is of another model.
         """
-        for name in self._trained():
-            if not (directory / name).is_dir():
-                raise ValueError(
-                    f"{directory} has no {name}: it is from a run with another algorithm.advantage"
-                )
         await asyncio.gather(
             *(world.load_checkpoint(directory / name) for name, world in self._trained().items())
         )

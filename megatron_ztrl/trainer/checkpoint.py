@@ -19,8 +19,7 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron_ztrl.trainer import optimizer_shards
 from megatron_ztrl.trainer.model import PolicyModel
 from megatron_ztrl.trainer.shard_writer import BackgroundSave, PendingSave
-from megatron_ztrl.trainer.topology import read_architecture
-from megatron_ztrl.weights.describe import compare, describe_architecture
+from megatron_ztrl.trainer.topology import check_same_model
 from megatron_ztrl.weights.hf_checkpoint import copy_description, head_config
 from megatron_ztrl.weights.hf_mapping import Architecture, ParallelLayout
 
@@ -77,7 +76,7 @@ def load(
     """
     if not (directory / SHARD_INDEX).is_file():
         raise ValueError(f"{directory} holds no complete Megatron checkpoint ({SHARD_INDEX} is missing)")
-    _check_model(directory, architecture)
+    check_same_model(directory, architecture)
     _give_every_parameter_adam_state(optimizer)
     for part in _parts(optimizer):
         if isinstance(part.optimizer, HybridDeviceOptimizer) and not part.optimizer.state:
@@ -97,16 +96,6 @@ def load(
     _load_optimizer(optimizer, loaded)
     if same_layout:
         _restore_rng(loaded["rng"])
-
-
-def _check_model(directory: Path, architecture: Architecture) -> None:
-    """Refuses another model's checkpoint. Rotary base and norm epsilon are in no tensor: they would change silently."""
-    if not (directory / "config.json").is_file():  # saved before checkpoints had one
-        return
-    stored = describe_architecture(read_architecture(directory))
-    fields = compare({"the checkpoint": stored, "the model": describe_architecture(architecture)})
-    if wrong := [str(field) for field in fields if not field.agrees]:
-        raise ValueError(f"{directory} is not of this model: {'; '.join(wrong)}")
 
 
 def _leave_out_new_extra_state(directory: Path, model_states: list[dict[str, Any]]) -> None:

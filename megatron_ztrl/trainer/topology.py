@@ -7,6 +7,7 @@ from pathlib import Path
 
 from megatron_ztrl.config.schema import Config, WorldConfig
 from megatron_ztrl.data.packing import token_multiple
+from megatron_ztrl.weights.describe import compare, describe_architecture
 from megatron_ztrl.weights.hf_mapping import Architecture, LayoutKeys, ParallelLayout, check_layout
 
 ENGINE_RESERVE_TOKENS = 6
@@ -54,6 +55,20 @@ def read_architecture(checkpoint: Path, setting: str = "model.path") -> Architec
         return Architecture.from_hf_config(config)
     except KeyError as error:
         raise ValueError(f"{setting}: {path} has no {error}") from error
+
+
+def check_same_model(checkpoint: Path, architecture: Architecture) -> None:
+    """Refuses another model's checkpoint. Rotary base and norm epsilon are in no tensor: they would change silently.
+
+    Raises:
+        ValueError: ``config.json`` of a run's checkpoint (``actor`` or ``critic``) says something else.
+    """
+    if not (checkpoint / "config.json").is_file():  # saved before checkpoints had one
+        return
+    stored = describe_architecture(read_architecture(checkpoint))
+    fields = compare({"the checkpoint": stored, "the model": describe_architecture(architecture)})
+    if wrong := [str(field) for field in fields if not field.agrees]:
+        raise ValueError(f"{checkpoint} is not of this model: {'; '.join(wrong)}")
 
 
 def parallel_layout(world: WorldConfig) -> ParallelLayout:
