@@ -16,6 +16,7 @@ TESTS = Path(__file__).parent
 ORDER = (
     "distributed/",
     "e2e/",
+    "gpu/",
     "integration/",
     "integration/sandbox_hostile/",
     "integration/test_sandbox_",
