@@ -5,7 +5,6 @@ import contextlib
 import os
 import shutil
 import socket
-import time
 
 import pytest
 from sandbox_server import Executor

@@ -5,6 +5,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pyseccomp as seccomp
+import pytest
 from hostile import (
     HONEST,
     HONEST_OUTPUT,
