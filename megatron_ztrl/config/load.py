@@ -100,7 +100,9 @@ def _apply_override(tree: DictConfig, override: str) -> str:
         )
         OmegaConf.update(tree, key, parsed["value"], force_add=True)
     except yaml.YAMLError as error:
-        raise ConfigError(f"override {override!r}: the value is not valid YAML; text may need quotes") from error
+        raise ConfigError(
+            f"override {override!r}: the value is not valid YAML; text may need quotes"
+        ) from error
     except (OmegaConfBaseException, ValueError, IndexError, TypeError) as error:
         on_the_way = isinstance(error, IndexError) or not isinstance(error, OmegaConfBaseException)
         reason = f"there is no {key}: the entries of a list are numbers from 0 on"
