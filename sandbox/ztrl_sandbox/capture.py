@@ -8,6 +8,8 @@ import os
 from collections.abc import Callable
 
 _READ_BYTES = 1 << 16
+_UNWATCHED_SECONDS = 0.02
+"""Most snippets have ended by then, and what they wrote lies in the pipe: watching it would only cost time."""
 
 
 class CappedOutput:
@@ -69,7 +71,7 @@ def _without_partial_end(data: bytes) -> bytes:
 
 
 class PipeReader:
-    """Reads a pipe into a :class:`CappedOutput` from the event loop."""
+    """Reads a pipe into a :class:`CappedOutput` from the event loop, from ``_UNWATCHED_SECONDS`` on or at the end."""
 
     def __init__(self, limit_bytes: int, flood_bytes: int, on_flood: Callable[[], None]) -> None:
         self.output = CappedOutput(limit_bytes)
@@ -78,7 +80,7 @@ class PipeReader:
         self._loop = asyncio.get_running_loop()
         self._read_fd, self.write_fd = os.pipe()
         os.set_blocking(self._read_fd, False)
-        self._loop.add_reader(self._read_fd, self._read)
+        self._begin: asyncio.TimerHandle | None = self._loop.call_later(_UNWATCHED_SECONDS, self._watch)
 
     @property
     def flooded(self) -> bool:
@@ -89,6 +91,16 @@ class PipeReader:
         """Call once the snippet has its copy."""
         os.close(self.write_fd)
 
+    def _watch(self) -> None:
+        self._begin = None
+        self._loop.add_reader(self._read_fd, self._read)
+
+    def _unwatch(self) -> None:
+        if self._begin is None:
+            self._loop.remove_reader(self._read_fd)
+        else:
+            self._begin.cancel()
+
     def _read(self) -> bool:
         """One read. False when nothing is left for now."""
         try:
@@ -96,7 +108,7 @@ class PipeReader:
         except BlockingIOError:
             return False
         if not data:
-            self._loop.remove_reader(self._read_fd)
+            self._unwatch()
             return False
         was_flooded = self.flooded
         self.output.feed(data)
@@ -112,5 +124,5 @@ class PipeReader:
         unread_bytes = fcntl.fcntl(self._read_fd, fcntl.F_GETPIPE_SZ)
         while unread_bytes > 0 and self._read():
             unread_bytes -= _READ_BYTES
-        self._loop.remove_reader(self._read_fd)
+        self._unwatch()
         os.close(self._read_fd)

@@ -1,7 +1,12 @@
 """What is kept of a snippet's output, and how the cut is stated."""
 
+import asyncio
+import contextlib
+import os
+import threading
+
 import pytest
-from ztrl_sandbox.capture import CappedOutput
+from ztrl_sandbox.capture import CappedOutput, PipeReader
 from ztrl_sandbox.pool import PoolConfig
 from ztrl_sandbox.protocol import Limits, Status
 
@@ -52,6 +57,69 @@ def test_a_character_split_by_the_cut_is_dropped_not_mangled(character):
         assert "\ufffd" not in text
         head, _, tail = text.partition("\n... [")
         assert set(head) <= {"a", character} and set(tail.partition("...\n")[2]) == {character}
+
+
+def test_a_pipe_is_read_while_its_writer_waits_for_room_and_to_its_end():
+    data = bytes(range(256)) * 4096  # sixteen times what a pipe holds
+
+    async def scenario() -> PipeReader:
+        reader = PipeReader(2 * len(data), len(data), lambda: None)
+        end = os.dup(reader.write_fd)
+        reader.close_write_end()
+
+        def write() -> None:
+            with open(end, "wb", buffering=0) as pipe:
+                pipe.write(data)
+
+        await asyncio.to_thread(write)
+        reader.finish()
+        return reader
+
+    reader = asyncio.run(scenario())
+    assert (reader.output.total_bytes, reader.flooded) == (len(data), False)
+    assert bytes(reader.output._head + reader.output._tail) == data
+
+
+def test_what_lies_in_a_pipe_is_taken_at_the_end_though_nobody_watched_and_no_descriptor_stays():
+    async def scenario() -> str:
+        reader = PipeReader(100, 1000, lambda: None)
+        os.write(reader.write_fd, b"quick")
+        reader.close_write_end()
+        reader.finish()
+        await asyncio.sleep(0)
+        return reader.output.text()
+
+    before = os.listdir("/proc/self/fd")
+    assert asyncio.run(scenario()) == "quick"
+    assert os.listdir("/proc/self/fd") == before
+
+
+def test_a_flood_is_told_once_while_it_flows():
+    async def scenario() -> int:
+        floods = []
+        flooded = asyncio.Event()
+
+        def on_flood() -> None:
+            floods.append(1)
+            flooded.set()
+
+        reader = PipeReader(100, 1 << 17, on_flood)
+        end = os.dup(reader.write_fd)
+        reader.close_write_end()
+
+        def write_until_nobody_reads() -> None:
+            with contextlib.suppress(BrokenPipeError), open(end, "wb", buffering=0) as pipe:
+                while True:
+                    pipe.write(bytes(1 << 16))
+
+        writer = threading.Thread(target=write_until_nobody_reads)
+        writer.start()
+        await flooded.wait()
+        reader.finish()
+        await asyncio.to_thread(writer.join)
+        return len(floods)
+
+    assert asyncio.run(scenario()) == 1
 
 
 def test_only_rejected_and_sandbox_error_are_the_infrastructures_fault():
