@@ -21,6 +21,7 @@ from megatron_ztrl.engines import tether
 from megatron_ztrl.engines.client import EngineError
 from megatron_ztrl.engines.server import EngineDied, EngineServer
 from megatron_ztrl.engines.tether import session_members
+from megatron_ztrl.trainer.topology import ENGINE_RESERVE_TOKENS
 from megatron_ztrl.types import FinishReason, VersionSpan
 
 PROMPT = [10, 20, 30, 40, 50]
@@ -86,6 +87,15 @@ async def test_the_token_that_completes_a_stop_pattern_is_kept_whole_and_is_the_
 async def test_the_token_budget_ends_a_call(client):
     completion = await client.generate(PROMPT, max_new_tokens=7, temperature=0, request_id="length")
     assert (len(completion.token_ids), completion.finish_reason) == (7, FinishReason.LENGTH)
+
+
+async def test_the_context_may_be_used_but_for_what_the_configuration_keeps_free(client, model):
+    longest = model.config.max_position_embeddings - ENGINE_RESERVE_TOKENS  # tokens of prompt and response
+    last_call = [7] * (longest - 1)
+    completion = await client.generate(last_call, max_new_tokens=1, temperature=1.0, request_id="fits")
+    assert len(completion.token_ids) == 1
+    with pytest.raises(EngineError, match="length"):
+        await client.generate([*last_call, 7], max_new_tokens=1, temperature=1.0, request_id="too-long")
 
 
 async def test_an_aborted_request_returns_its_tokens_so_far_with_their_logprobs(client, model):
