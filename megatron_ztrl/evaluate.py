@@ -186,8 +186,8 @@ async def _run(config: Config) -> dict[int, dict[str, float]]:
     with Progress(len(config.eval.env_iterations), unit="evaluation") as progress:
         async with launch_rollouts(config, directory, tokenizer, progress) as system:
             evaluator = Evaluator(system, prompts)
-            samples = f"{evaluator.num_prompts} problems × {config.eval.samples_per_prompt}"
-            progress.note(f"evaluating {config.model.path} on {samples}, for each N")
+            count, samples = evaluator.num_prompts, config.eval.samples_per_prompt
+            progress.note(f"evaluating {config.model.path}: {count} problems × {samples} rollouts at each N")
             for env_iterations in config.eval.env_iterations:
                 progress.phase(f"evaluating at N = {env_iterations}")
                 results[env_iterations], _ = await evaluator.evaluate(env_iterations, count=progress.count)

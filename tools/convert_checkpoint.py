@@ -15,6 +15,7 @@ import signal
 import sys
 import time
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 from rich.console import Console
@@ -113,10 +114,15 @@ def _fail(console: Console, message: str) -> None:
     console.print(Text(f"error: {message}", style="red"), soft_wrap=True)
 
 
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {message} (see {self.prog} --help)\n")
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = _Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     directions = parser.add_subparsers(dest="direction", required=True, metavar="DIRECTION")
     to_megatron = directions.add_parser("hf-to-megatron", help="for a tensor, pipeline and virtual size")
     to_megatron.add_argument("source", type=Path, metavar="HF_DIR")

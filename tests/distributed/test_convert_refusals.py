@@ -210,3 +210,12 @@ def test_a_result_that_was_damaged_on_its_way_is_discarded(root: Path, tmp_path:
     with pytest.raises(RuntimeError, match=r"lm_head.weight was not written as it was read"):
         replace(conversion, write=write_then_damage).run(tmp_path / "out", advance=lambda phase, count: None)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("size", ["0", "-1", "two", "1.5"])
+def test_a_size_that_is_none_is_one_line(size: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        convert("hf-to-megatron", "HF", "OUT", f"--tp={size}")
+    assert caught.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: argument --tp: must be a whole number above 0, got '{size}' (see ")

@@ -99,7 +99,10 @@ def test_a_directory_that_holds_a_run_is_not_mixed_with_another(config: Path, tm
 
 
 def test_a_report_on_something_else_is_one_line(tmp_path: Path) -> None:
-    assert refusal("report", tmp_path) == f"{tmp_path}: not a run directory (it has no metrics.jsonl)"
+    assert (
+        refusal("report", tmp_path)
+        == f"{tmp_path}: not a run directory (it has no metrics.jsonl, which ztrl train writes)"
+    )
 
 
 @pytest.mark.parametrize(

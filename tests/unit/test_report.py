@@ -192,6 +192,14 @@ def test_every_figure_is_also_a_png(run: Path, page: str) -> None:
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in (run / "figures").glob("*.png"))
 
 
+def test_one_n_is_no_curve(tmp_path: Path) -> None:
+    values = (0.1, 0.2, 0.2, 0.3, 10.0)
+    rows = [eval_row(0, 2, math=values), train_row(1, accuracy=0.5), eval_row(1, 2, math=values)]
+    page = write_report([write(tmp_path / "run", rows, [])]).read_text()
+    assert "What the tool is worth" not in page
+    assert not (tmp_path / "run" / "figures" / "env_iterations.png").exists()
+
+
 def test_tool_replies_are_marked_and_what_a_model_wrote_is_escaped(page: str) -> None:
     assert '<span class="tool">&lt;script&gt;alert(1)&lt;/script&gt;</span>' in page
     assert '<span class="model">```python\nprint(1&lt;2)\n```</span>' in page

@@ -188,11 +188,13 @@ def _window(count: int) -> int:
 
 
 def accuracy_by_env_iterations(run: Run, control: Run | None) -> Figure | None:
-    """Accuracy against N, before and after training."""
+    """Accuracy against N, before and after training; None with one N, which the learning curves show."""
     if len(run.evaluated_steps) < 2:
         return None
     first, last = run.evaluated_steps[0], run.evaluated_steps[-1]
     values_of_n = run.env_iterations_at(last)
+    if len(values_of_n) < 2:
+        return None
     figure = style.new_figure(6.4, 3.9)
     axes = figure.subplots()
     axes.set_title("Accuracy against N, the most tool calls of a rollout")

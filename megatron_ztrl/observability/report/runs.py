@@ -112,7 +112,9 @@ def load_run(directory: str | Path) -> Run:
     """
     directory = Path(directory).absolute()
     if not (directory / names.METRICS_FILE).exists():
-        raise ValueError(f"{directory}: not a run directory (it has no {names.METRICS_FILE})")
+        raise ValueError(
+            f"{directory}: not a run directory (it has no {names.METRICS_FILE}, which ztrl train writes)"
+        )
     rows = _rows(directory / names.METRICS_FILE, _is_of_metrics, "the metrics of a run")
     if not rows:
         raise ValueError(f"{directory}: the run has not finished a step yet")
