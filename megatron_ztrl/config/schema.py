@@ -120,8 +120,8 @@ class SandboxConfig(Section):
     """Tier of isolation; ``auto`` takes the strongest that a node allows."""
     min_isolation: Literal["full", "user", "basic"] = "basic"
     """No executor starts below this tier."""
-    workers: int = 2
-    """Snippets that one executor runs at once."""
+    workers: int | None = None
+    """Snippets that one executor runs at once; by default one for each core of its node."""
     preload: list[str] = field(default_factory=lambda: ["math", "sympy"])
     """Modules that the warm interpreters have imported already."""
     memory_limit_bytes: int = 1 << 30

@@ -42,8 +42,8 @@ class QueueFullError(Exception):
 class PoolConfig:
     """What a pool needs to start."""
 
-    workers: int = 2
-    """Snippets that run at once."""
+    workers: int = field(default_factory=lambda: len(os.sched_getaffinity(0)))
+    """Snippets that run at once; by default one for each core that this process may use."""
     preload: Sequence[str] = ("math", "sympy")
     """Modules that snippets find imported already."""
     isolation: str = "auto"

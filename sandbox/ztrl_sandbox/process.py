@@ -23,7 +23,7 @@ class ExecutorServer:
         host: Address to listen on; anything but loopback needs a token.
         port: Of it; 0 takes a free one.
         token: Bearer token that callers must send; None asks for none.
-        workers: Snippets that run at once.
+        workers: Snippets that run at once; None: one for each core.
         preload: Modules that snippets find imported already.
         memory_limit_bytes: Per snippet.
         isolation: ``auto`` (the strongest available), ``full``, ``user`` or ``basic``.
@@ -38,7 +38,7 @@ class ExecutorServer:
         host: str = "127.0.0.1",
         port: int = 0,
         token: str | None = None,
-        workers: int = 2,
+        workers: int | None = None,
         preload: Sequence[str] = ("math", "sympy"),
         memory_limit_bytes: int = 1 << 30,
         isolation: str = "auto",
@@ -48,7 +48,8 @@ class ExecutorServer:
     ) -> None:
         self._arguments = [
             *("serve", "--host", host, "--exit-with-parent"),
-            *("--workers", str(workers), "--preload", ",".join(preload)),
+            *(() if workers is None else ("--workers", str(workers))),
+            *("--preload", ",".join(preload)),
             *("--memory-limit-bytes", str(memory_limit_bytes)),
             *("--isolation", isolation, "--min-isolation", min_isolation),
         ]
