@@ -30,6 +30,8 @@ def ray_cluster() -> Iterator[None]:
     os.environ.setdefault("RAY_AUTH_MODE", "disabled")
     # Ray would run its workers, and so the ranks and the engines, at niceness 15.
     os.environ.setdefault("RAY_worker_niceness", "0")
+    # Ray would print a paragraph of guesses; the run itself says what died, and what becomes of it.
+    os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", "^A worker died or was killed ")
     import ray
 
     on_sigterm = signal.getsignal(signal.SIGTERM)

@@ -274,9 +274,12 @@ class MegatronWorld:
 
 
 def _cause(death: Exception) -> str:
-    """The sentence of Ray's that says how a process ended, without its guesses at the reason."""
+    """What Ray says of a death, in one line for people."""
     *_, last = str(death).strip().splitlines()
-    return last.partition(" There are some potential root causes")[0].partition(" Some common causes")[0]
+    detail = last.partition("Worker exit detail: ")[2].partition(". ")[0]
+    if not detail:  # its node is gone, say
+        return last
+    return f"its process was killed, as a rule for want of memory, or crashed (Ray: {detail})"
 
 
 def _reserve_gpus(layout: ParallelLayout) -> Any:

@@ -166,18 +166,18 @@ def test_a_trainer_rank_that_is_killed_ends_a_run_in_one_line_that_says_how_to_g
     command = ("train", str(QUICKSTART), f"run.directory={run}", "checkpoint.interval_steps=1", *SMALL)
     process = ztrl(*command, "train.num_steps=1000")
     for line in process.stdout:
-        if line.startswith("step 3/"):  # two checkpoints are complete
+        if line.startswith("step 3/"):  # the checkpoint of step 1 is complete
             break
     ranks_of(marker)[-1].kill()
     output = process.stdout.read()
     assert process.wait(timeout=120) == 1, output
     assert "Traceback" not in output
-    (error,) = (line for line in output.splitlines() if line.startswith("error: "))
+    (error,) = (line for line in output.splitlines() if not line.startswith("step "))  # nor a word of Ray's
     way_on = f"ztrl train CONFIG run.directory={run} --resume goes on from step "
     said = re.fullmatch(rf"error: rank [01] of the 2 of the actor died: .+; {way_on}(\d+)", error)
     assert said, output
     version = int(said[1])
-    assert version >= 2
+    assert version >= 1
     assert_nothing_left(marker)
 
     process = ztrl(*command, f"train.num_steps={version + 1}", "--resume")

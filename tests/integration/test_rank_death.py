@@ -13,7 +13,9 @@ from megatron_ztrl.runtime.megatron_world import MegatronWorld
 from megatron_ztrl.weights.transports import TrainerDied
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
-RANK_1_DIED = "^rank 1 of the 2 of the actor died: .*worker process has died"
+RANK_1_DIED = (
+    r"^rank 1 of the 2 of the actor died: its process was killed, .*, or crashed \(Ray: Worker [^.]+\)$"
+)
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
