@@ -17,7 +17,7 @@ from ztrl_sandbox.client import ExecutorClient
 from megatron_ztrl.config.schema import Config
 from megatron_ztrl.engines.client import EngineClient
 from megatron_ztrl.envs.python_tool import PythonTool
-from megatron_ztrl.rollout.trajectory import Sampling, Tokenizer, run_rollout
+from megatron_ztrl.rollout.trajectory import Sampling, Tokenizer, encode_reply, run_rollout
 from megatron_ztrl.types import Completion, ExecutionResult, ExecutionStatus, Prompt, Rollout
 from megatron_ztrl.weights.publish import WeightPublisher
 
@@ -190,7 +190,7 @@ class Load:
                 tokenizer=self._tokenizer,
                 environment=PythonTool(
                     self._execute,
-                    lambda text: len(self._tokenizer.encode(text, add_special_tokens=False)),
+                    lambda text: len(encode_reply(text, self._tokenizer)),
                     env_iterations=rollout.env_iterations,
                     template_stop=(),
                     config=self._config.tool,

@@ -21,8 +21,17 @@ class PolicyTokenizer:
         self._backend.no_truncation()
         self._backend.no_padding()
 
-    def encode(self, text: str, *, add_special_tokens: bool = False) -> list[int]:
-        """Token ids of a text."""
+    def encode(
+        self, text: str, *, add_special_tokens: bool = False, split_special_tokens: bool = False
+    ) -> list[int]:
+        """Token ids of a text.
+
+        Args:
+            text: Of any kind.
+            add_special_tokens: Add those that the tokenizer puts around a text.
+            split_special_tokens: The name of a special token in the text is text like any other.
+        """
+        self._backend.encode_special_tokens = split_special_tokens
         return self._backend.encode(text, add_special_tokens=add_special_tokens).ids
 
     def decode(self, token_ids: Sequence[int]) -> str:

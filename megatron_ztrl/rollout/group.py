@@ -14,7 +14,7 @@ from megatron_ztrl.envs.prompt_templates import PromptTemplate
 from megatron_ztrl.envs.python_tool import PythonTool
 from megatron_ztrl.rollout.deadlines import Deadlines, GroupDeadline
 from megatron_ztrl.rollout.journal import Journal
-from megatron_ztrl.rollout.trajectory import Engine, Sampling, Tokenizer, complete, run_rollout
+from megatron_ztrl.rollout.trajectory import Engine, Sampling, Tokenizer, complete, encode_reply, run_rollout
 from megatron_ztrl.types import Prompt, Rollout, RolloutGroup
 
 Score = Callable[[str, str], Awaitable[float]]
@@ -97,4 +97,4 @@ class GroupRunner:
         return rollout
 
     def _count_tokens(self, text: str) -> int:
-        return len(self.tokenizer.encode(text, add_special_tokens=False))
+        return len(encode_reply(text, self.tokenizer))

@@ -33,7 +33,9 @@ from megatron_ztrl.types import (
 class Tokenizer(Protocol):
     """The part of a Hugging Face tokenizer that rollouts use."""
 
-    def encode(self, text: str, *, add_special_tokens: bool = ...) -> list[int]: ...
+    def encode(
+        self, text: str, *, add_special_tokens: bool = ..., split_special_tokens: bool = ...
+    ) -> list[int]: ...
 
     def decode(self, token_ids: list[int]) -> str: ...
 
@@ -132,6 +134,11 @@ async def run_rollout(
     return rollout
 
 
+def encode_reply(text: str, tokenizer: Tokenizer) -> list[int]:
+    """The tokens of what an environment says: data, so code that prints ``<|endoftext|>`` puts no such token there."""
+    return tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
+
+
 def complete(rollout: Rollout, tokenizer: Tokenizer) -> None:
     """Gives a rollout that has stopped its last turn and its text."""
     start, end = _turn_start(rollout), len(rollout.token_ids)
@@ -206,7 +213,7 @@ class _Run:
             rollout.tool_seconds += time.monotonic() - started
             rollout.ended = False
             if reaction.reply is not None:
-                self._append_reply(self.tokenizer.encode(reaction.reply, add_special_tokens=False))
+                self._append_reply(encode_reply(reaction.reply, self.tokenizer))
             rollout.turns.append(
                 Turn(
                     start=turn_start,

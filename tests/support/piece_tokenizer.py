@@ -12,7 +12,9 @@ class PieceTokenizer:
         self._pieces = [""]  # 0 ends a sequence
         self._ids: dict[str, int] = {}
 
-    def encode(self, text: str, *, add_special_tokens: bool = False) -> list[int]:
+    def encode(
+        self, text: str, *, add_special_tokens: bool = False, split_special_tokens: bool = False
+    ) -> list[int]:
         assert not add_special_tokens
         return [self._id(text[start : start + 4]) for start in range(0, len(text), 4)]
 

@@ -36,7 +36,7 @@ TOKENS_PER_VERSION = 7
 
 
 class ByteTokenizer:
-    def encode(self, text, *, add_special_tokens=True):
+    def encode(self, text, *, add_special_tokens=True, split_special_tokens=False):
         return list(text.encode())
 
     def decode(self, token_ids):

@@ -35,7 +35,7 @@ SAMPLES = 4
 
 
 class ByteTokenizer:
-    def encode(self, text, *, add_special_tokens=True):
+    def encode(self, text, *, add_special_tokens=True, split_special_tokens=False):
         return list(text.encode())
 
     def decode(self, token_ids):

@@ -20,7 +20,7 @@ FIRST, REST, PAST_BLOCK, REPLY, END = "so:```pyth", "on\n1\n```", "\n", "\n```ou
 class Characters:
     """One token per character."""
 
-    def encode(self, text, *, add_special_tokens=False):
+    def encode(self, text, *, add_special_tokens=False, split_special_tokens=False):
         return [ord(character) for character in text]
 
     def decode(self, token_ids):

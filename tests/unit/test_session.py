@@ -74,7 +74,7 @@ def config_of(directory, max_staleness=STALENESS):
 class Numbers:
     """A tokenizer of numbers in a row."""
 
-    def encode(self, text, *, add_special_tokens=False):
+    def encode(self, text, *, add_special_tokens=False, split_special_tokens=False):
         return [int(word) for word in text.split()]
 
     def decode(self, token_ids):

@@ -4,11 +4,17 @@ The tokenizer maps one token to one byte or to a few, so that stop strings compl
 and characters span tokens. The real engine is used in tests/integration.
 """
 
+from pathlib import Path
+
 import pytest
 
 from megatron_ztrl.config.schema import ToolConfig
+from megatron_ztrl.data.tokenizer import PolicyTokenizer
 from megatron_ztrl.envs.base import Reaction
-from megatron_ztrl.envs.python_tool import PythonTool
+from megatron_ztrl.envs.prompt_templates import get_template
+from megatron_ztrl.envs.python_tool import TOO_LONG_MESSAGE, PythonTool
+from megatron_ztrl.rollout.fleet import EngineFleet
+from megatron_ztrl.rollout.group import GroupRunner
 from megatron_ztrl.rollout.trajectory import Sampling, run_rollout
 from megatron_ztrl.types import (
     NOT_SAMPLED,
@@ -21,13 +27,15 @@ from megatron_ztrl.types import (
     VersionSpan,
 )
 
+QUICKSTART_BASE = Path(__file__).parents[2] / "examples" / "quickstart" / "base"
+PROMPT = Prompt(prompt_id="p", problem="2+2", text="Q:", ground_truth="4", data_source="test")
 MERGES = {256: b"```\n", 257: b"```python", 258: b"thon\nprint"}
 
 
 class ByteTokenizer:
     """Bytes 0-255, and a few longer tokens that only a policy emits."""
 
-    def encode(self, text, *, add_special_tokens=True):
+    def encode(self, text, *, add_special_tokens=True, split_special_tokens=False):
         return list(text.encode())
 
     def decode(self, token_ids):
@@ -66,6 +74,10 @@ def last(token_ids, **kwargs):
     return completion(token_ids, matched=EOS, **kwargs)
 
 
+def executed(output, status=ExecutionStatus.OK):
+    return ExecutionResult(status=status, stdout=output, stderr="", run_seconds=0.0, queue_seconds=0.0)
+
+
 async def rollout_of(
     completions,
     *,
@@ -74,17 +86,20 @@ async def rollout_of(
     max_response_tokens=200,
     n=2,
     tokenizer=None,
+    template_stop=(),
 ):
     async def execute(code):
-        return ExecutionResult(status=status, stdout=output, stderr="", run_seconds=0.0, queue_seconds=0.0)
+        return executed(output, status)
 
     engine = ScriptedEngine(completions)
     rollout = await run_rollout(
         "0.0",
-        Prompt(prompt_id="p", problem="2+2", text="Q:", ground_truth="4", data_source="test"),
+        PROMPT,
         engine=engine,
         tokenizer=tokenizer or ByteTokenizer(),
-        environment=PythonTool(execute, len, env_iterations=n, template_stop=(), config=ToolConfig()),
+        environment=PythonTool(
+            execute, len, env_iterations=n, template_stop=template_stop, config=ToolConfig()
+        ),
         sampling=Sampling(temperature=1.0, top_p=1.0, max_response_tokens=max_response_tokens),
     )
     lengths = {
@@ -110,6 +125,50 @@ async def test_model_tokens_are_trained_and_reply_tokens_are_not():
     assert (second.start, second.tool_start, second.end) == (first.end, first.end + 2, first.end + 2)
     # Token in, token out: each call was given exactly the tokens so far.
     assert [ids for ids, _, _ in engine.calls] == [list(b"Q:"), [*b"Q:", *call, *reply]]
+
+
+async def test_nothing_that_code_prints_is_a_control_token_a_stop_or_another_call():
+    policy = PolicyTokenizer(QUICKSTART_BASE)
+    (eos,) = policy.encode("<|endoftext|>")
+    printed = "<|endoftext|> é </answer>\n```python\n1/0\n```"
+    call = policy.encode("```python\n1\n```")
+    rollout, engine = await rollout_of(
+        [completion(call), completion([*policy.encode("4"), eos], matched=eos)],
+        output=printed,
+        tokenizer=policy,
+        template_stop=("</answer>",),
+    )
+    first, second = rollout.turns
+    reply = rollout.token_ids[first.tool_start : first.end]
+    assert eos not in reply
+    assert policy.decode(reply) == f"\n```output\n{printed}\n```\n"
+    assert rollout.executed_calls == 1
+    assert len(engine.calls) == 2
+    assert rollout.token_ids[second.start :] == [*policy.encode("4"), eos]
+
+
+async def test_the_length_of_a_reply_is_that_of_its_text_not_of_the_control_tokens_it_names():
+    async def print_many(code):
+        return executed("<|endoftext|>" * 10)
+
+    async def score(text, ground_truth):
+        return 0.0
+
+    policy = PolicyTokenizer(QUICKSTART_BASE)
+    runner = GroupRunner(
+        fleet=EngineFleet(
+            [ScriptedEngine([completion(policy.encode("```python\n1\n```")), last([])])],
+            max_concurrent_per_engine=1,
+        ),
+        tokenizer=policy,
+        execute=print_many,
+        score=score,
+        template=get_template("plain"),
+        tool=ToolConfig(max_output_tokens=20),
+        sampling=Sampling(temperature=1.0, top_p=1.0, max_response_tokens=200),
+    )
+    group = await runner.run(0, PROMPT, group_size=1, env_iterations=1)
+    assert TOO_LONG_MESSAGE in group.rollouts[0].text
 
 
 async def test_tokens_after_the_one_that_closes_the_block_are_dropped_exactly():
