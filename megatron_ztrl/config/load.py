@@ -43,9 +43,14 @@ def load_config(path: str | os.PathLike[str], overrides: typing.Sequence[str] = 
     path = Path(path)
     tree = _read_yaml(path)
     try:
-        _resolve_inputs(tree, path.parent)
+        in_file = _make_absolute(tree, path.parent)
         overridden = [_apply_override(tree, override) for override in overrides]
-        _resolve_inputs(tree, Path.cwd())
+        # What a path refers to may be overridden, so those come last.
+        for key, written in _make_absolute(tree, Path.cwd()).items():
+            text = OmegaConf.select(tree, key)
+            if isinstance(text, str):
+                base = path.parent if in_file.get(key) == written else Path.cwd()
+                OmegaConf.update(tree, key, _escape(_resolve(text, base)))
         values = OmegaConf.to_container(tree, resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
         raise ConfigError(f"{path}: {error.full_key}: {_first_line(error)}") from error
@@ -110,14 +115,26 @@ def _apply_override(tree: DictConfig, override: str) -> str:
     return key
 
 
-def _resolve_inputs(tree: DictConfig, base: Path) -> None:
-    """Makes the paths of files that are read absolute, where they are local."""
+def _make_absolute(tree: DictConfig, base: Path) -> dict[str, str]:
+    """Makes the paths of files that are read absolute, where they are local.
+
+    Returns:
+        Those that refer to other keys, by their own, as they are written: they are left alone.
+    """
+    references = {}
     evaluated = OmegaConf.select(tree, "data.eval")
     count = len(evaluated) if isinstance(evaluated, ListConfig) else 0
     for key in (*_INPUTS, *(f"data.eval.{index}.path" for index in range(count))):
-        text = OmegaConf.select(tree, key)
-        if isinstance(text, str):
-            OmegaConf.update(tree, key, _resolve(text, base))
+        section_key, _, name = key.rpartition(".")
+        section = OmegaConf.select(tree, section_key)
+        if not isinstance(section, DictConfig):
+            continue
+        written = typing.cast(dict[str, Any], OmegaConf.to_container(section)).get(name)
+        if isinstance(written, str) and "${" in written:
+            references[key] = written
+        elif isinstance(written, str):
+            OmegaConf.update(tree, key, _resolve(written, base))
+    return references
 
 
 def _resolve(text: str, base: Path) -> str:

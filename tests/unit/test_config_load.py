@@ -44,7 +44,7 @@ def test_a_saved_config_loads_to_an_equal_config(yaml_file: Path, tmp_path: Path
 def test_a_string_that_looks_like_yaml_survives_the_round_trip(
     yaml_file: Path, tmp_path: Path, name: str
 ) -> None:
-    config = load_config(yaml_file, [f"data.train.name='{name}'"])
+    config = load_config(yaml_file, [f"data.train.name='{name}'", f"data.train.path='./{name}.jsonl'"])
     save_config(config, tmp_path / "resolved.yaml")
     assert load_config(tmp_path / "resolved.yaml") == config
 
@@ -71,6 +71,26 @@ def test_overrides_win_over_the_file_and_keep_their_types(yaml_file: Path) -> No
 
 def test_an_override_may_refer_to_another_key(yaml_file: Path) -> None:
     assert load_config(yaml_file, ["eval.samples_per_prompt=${train.num_steps}"]).eval.samples_per_prompt == 3
+
+
+def test_a_path_that_refers_to_another_key_follows_its_override(
+    yaml_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    yaml_file.write_text(
+        MINIMAL.replace("Qwen/Qwen2.5-1.5B", "./base").replace("math500.jsonl", '"./${run.directory}.jsonl"')
+        + 'critic: {path: "${model.path}"}\n'
+    )
+    config = load_config(yaml_file)
+    assert config.critic.path == config.model.path == str(yaml_file.parent / "base")
+    config = load_config(
+        yaml_file, ["model.path=./other", "run.directory=set", "data.train.path=${model.path}"]
+    )
+    assert config.critic.path == config.model.path == str(tmp_path / "elsewhere" / "other")
+    assert config.data.train.path == config.model.path
+    # Still relative to the file that it is written in.
+    assert config.data.eval[0].path == str(yaml_file.parent / "set.jsonl")
 
 
 def test_data_paths_are_relative_to_the_file_and_hub_ids_are_left_alone(yaml_file: Path) -> None:
