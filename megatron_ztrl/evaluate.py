@@ -8,11 +8,11 @@ import dataclasses
 import itertools
 import json
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 
-from megatron_ztrl.config.schema import Config
+from megatron_ztrl.config.schema import Config, DatasetConfig
 from megatron_ztrl.data.prompts import load_prompts
 from megatron_ztrl.data.tokenizer import PolicyTokenizer
 from megatron_ztrl.envs.prompt_templates import get_template
@@ -25,6 +25,7 @@ from megatron_ztrl.rollout.statistics import rollout_statistics
 from megatron_ztrl.rollout.trajectory import Engine, Sampling
 from megatron_ztrl.runtime.garbage import collect_garbage_rarely
 from megatron_ztrl.runtime.system import RolloutSystem, launch_rollouts
+from megatron_ztrl.trainer.topology import most_rollout_tokens, read_architecture
 from megatron_ztrl.types import Prompt, Rollout, RolloutGroup
 from megatron_ztrl.weights.hf_checkpoint import HFCheckpointReader
 
@@ -150,14 +151,34 @@ class Evaluator:
         return metrics, every
 
 
-def load_eval_prompts(config: Config) -> dict[str, list[Prompt]]:
+def load_eval_prompts(config: Config, tokenize: Callable[[str], Sequence[int]]) -> dict[str, list[Prompt]]:
     """The prompts of every evaluation set, by its name.
 
+    A prompt that is too long is refused, not left out as in training: the score would be one on other problems.
+
     Raises:
-        ValueError: A data set is missing or broken; the message names file and row.
+        ValueError: A data set is missing or broken, or a prompt and its response outgrow the engine's context; the
+            message names file and row.
     """
     template = get_template(config.data.prompt_template)
-    return {dataset.name: load_prompts(dataset, template.render) for dataset in config.data.eval}
+    prompts = {dataset.name: load_prompts(dataset, template.render) for dataset in config.data.eval}
+    for dataset in config.data.eval:
+        _check_room(config, dataset, prompts[dataset.name], tokenize)
+    return prompts
+
+
+def _check_room(
+    config: Config, dataset: DatasetConfig, prompts: list[Prompt], tokenize: Callable[[str], Sequence[int]]
+) -> None:
+    limit, reason = most_rollout_tokens(config, read_architecture(Path(config.model.path)))
+    tokens, longest = max((len(tokenize(prompt.text)), prompt.prompt_id) for prompt in prompts)
+    response, row = config.rollout.max_response_tokens, longest.rpartition(":")[2]
+    if tokens + response > limit:
+        raise ValueError(
+            f"data set {dataset.name!r}: {dataset.path}: row {row}: its prompt, the longest, has {tokens} tokens;"
+            f" with rollout.max_response_tokens = {response} that is more than {limit}: {reason}. Lower"
+            " rollout.max_response_tokens, or take such rows out"
+        )
 
 
 def run_evaluation(config: Config) -> dict[int, dict[str, float]]:
@@ -174,13 +195,13 @@ def run_evaluation(config: Config) -> dict[int, dict[str, float]]:
 
 
 async def _run(config: Config) -> dict[int, dict[str, float]]:
-    prompts = load_eval_prompts(config)
-    if not prompts:
+    if not config.data.eval:
         raise ValueError("data.eval: no data set to evaluate on; add one")
     if not config.eval.env_iterations:
         raise ValueError("eval.env_iterations: no N to evaluate at; name one, e.g. [2]")
     HFCheckpointReader(Path(config.model.path))  # refuses missing weights before an engine starts
     tokenizer = PolicyTokenizer(Path(config.model.path))
+    prompts = load_eval_prompts(config, tokenizer.encode)
     directory = Path(config.run.directory)
     results: dict[int, dict[str, float]] = {}
     with Progress(len(config.eval.env_iterations), unit="evaluation") as progress:

@@ -103,7 +103,7 @@ async def _run(config: Config, *, resume: bool) -> bool:
         max_prompt_tokens=config.data.max_prompt_tokens,
         tokenize=tokenizer.encode,
     )
-    eval_prompts = load_eval_prompts(config)
+    eval_prompts = load_eval_prompts(config, tokenizer.encode)
     directory = Path(config.run.directory)
     checkpoint = CheckpointStore(directory / "checkpoints", keep_last=1).latest() if resume else None
     if checkpoint is not None:

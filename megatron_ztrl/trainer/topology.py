@@ -118,17 +118,23 @@ def check_topology(config: Config) -> None:
 def _check_context(config: Config, policy: Architecture) -> None:
     """Refuses rollouts that would outgrow the engine's context, which refuses to go on with them."""
     longest = _longest_tokens(config)
+    limit, reason = most_rollout_tokens(config, policy)
+    if longest > limit:
+        raise ValueError(
+            f"rollout.max_response_tokens: data.max_prompt_tokens + rollout.max_response_tokens = {longest} must be at"
+            f" most {limit}: {reason}"
+        )
+
+
+def most_rollout_tokens(config: Config, policy: Architecture) -> tuple[int, str]:
+    """Tokens of prompt and response that an engine has room for, and why no more."""
     given = config.sglang.server_args.get("context_length")
     source = (
         "max_position_embeddings in config.json" if given is None else "sglang.server_args.context_length"
     )
     context = given or policy.max_positions
-    if longest + ENGINE_RESERVE_TOKENS > context:
-        raise ValueError(
-            f"rollout.max_response_tokens: data.max_prompt_tokens + rollout.max_response_tokens = {longest} must be at"
-            f" most {context - ENGINE_RESERVE_TOKENS}: the engine's context is {context} tokens ({source}), and it"
-            f" keeps {ENGINE_RESERVE_TOKENS} for itself"
-        )
+    reason = f"the engine's context is {context} tokens ({source}), and it keeps {ENGINE_RESERVE_TOKENS} for itself"
+    return context - ENGINE_RESERVE_TOKENS, reason
 
 
 def _longest_tokens(config: Config) -> int:

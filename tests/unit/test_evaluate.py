@@ -1,6 +1,8 @@
 """Evaluation: what it measures, its share of the engines, and going on where it was interrupted."""
 
 import asyncio
+import json
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -12,11 +14,14 @@ from megatron_ztrl.config.schema import (
     EngineConfig,
     EvalConfig,
     ModelConfig,
+    RolloutConfig,
     RunConfig,
+    SGLangConfig,
     TrainConfig,
 )
+from megatron_ztrl.data.tokenizer import PolicyTokenizer
 from megatron_ztrl.envs.prompt_templates import get_template
-from megatron_ztrl.evaluate import Evaluator, UrgentShare
+from megatron_ztrl.evaluate import Evaluator, UrgentShare, load_eval_prompts
 from megatron_ztrl.rollout.fleet import EngineFleet
 from megatron_ztrl.rollout.group import GroupRunner
 from megatron_ztrl.rollout.journal import Journal
@@ -29,6 +34,7 @@ from megatron_ztrl.types import (
     VersionSpan,
 )
 
+QUICKSTART_BASE = Path(__file__).parents[2] / "examples" / "quickstart" / "base"
 EOS = 0
 DATASETS = {"easy": 2, "hard": 3}
 SAMPLES = 4
@@ -117,6 +123,38 @@ def evaluator_on(engine, *, share=0.25, texts=TEXTS, fleet=None, execute=None):
     }
     system = SimpleNamespace(config=config, group_runner=group_runner, fleet=fleet)
     return Evaluator(system, prompts)
+
+
+def test_a_prompt_that_the_engine_has_no_room_for_is_refused_by_file_and_row(tmp_path):
+    rows = [{"problem": problem, "answer": "1"} for problem in ("1", "é" * 50, "2")]
+    (tmp_path / "set.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    tokenizer = PolicyTokenizer(QUICKSTART_BASE)
+    longest = len(tokenizer.encode("Question: " + "é" * 50 + "\nAnswer:"))
+
+    def load(max_response_tokens):
+        return load_eval_prompts(
+            Config(
+                run=RunConfig(directory="run"),
+                model=ModelConfig(path=str(QUICKSTART_BASE)),
+                data=DataConfig(
+                    train=DatasetConfig(name="d", path="d.jsonl"),
+                    eval=[DatasetConfig(name="held", path=str(tmp_path / "set.jsonl"))],
+                    prompt_template="plain",
+                ),
+                rollout=RolloutConfig(max_response_tokens=max_response_tokens),
+                train=TrainConfig(num_steps=1),
+                sglang=SGLangConfig(server_args={"context_length": 1000}),
+            ),
+            tokenizer.encode,
+        )
+
+    room = 1000 - 6 - longest  # SGLang keeps six
+    assert len(load(room)["held"]) == 3
+    with pytest.raises(
+        ValueError, match=rf"set\.jsonl: row 2: .* has {longest} tokens.*context_length"
+    ) as error:
+        load(room + 1)
+    assert "\n" not in str(error.value)
 
 
 async def test_every_data_set_is_measured_by_itself():
