@@ -48,7 +48,8 @@ class Executor:
     def __init__(
         self, isolation: str, *options: str, launcher: Sequence[str] = (), token: str | None = None
     ) -> None:
-        command = ["-m", "ztrl_sandbox", "serve", "--exit-with-parent", "--port", "0", "--isolation", isolation, *options]
+        command = ["-m", "ztrl_sandbox", "serve", "--exit-with-parent", "--port", "0"]
+        command += ["--isolation", isolation, *options]
         self.process = subprocess.Popen(
             [*launcher, sys.executable, *command],
             env=ENVIRONMENT | ({} if token is None else {"ZTRL_SANDBOX_TOKEN": token}),
