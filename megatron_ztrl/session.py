@@ -252,10 +252,11 @@ class TrainingSession:
             self._progress.note(line)
         if len(found.damage) > _SHOWN_DAMAGE:
             self._progress.note(f"and {len(found.damage) - _SHOWN_DAMAGE} more files of the journal")
-        note = f"resumed {found.rollouts} rollouts with {found.tokens:,} tokens from the journal"
-        if found.tokens_cut:
-            note += f"; {found.tokens_cut:,} of later policies than step {state.version}'s are sampled again"
-        self._progress.note(note)
+        if found.rollouts or found.tokens_cut:
+            note = f"resumed {found.rollouts} rollouts with {found.tokens:,} tokens from the journal"
+            if found.tokens_cut:
+                note += f"; {found.tokens_cut:,} of later policies than step {state.version}'s are sampled again"
+            self._progress.note(note)
         return journal
 
     def _forget_covered(self, state: dict[str, Any]) -> None:
