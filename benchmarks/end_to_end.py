@@ -65,6 +65,7 @@ def summarise(rows: list[dict[str, float]]) -> dict[str, float]:
         "samples_per_second": samples / step_seconds,
         "tokens_per_second": tokens / step_seconds,
         "rollout_tokens_per_second": tokens / rollout_seconds,
+        "generation_tokens_per_second": tokens / fmean(row[names.TIME_GENERATE] for row in rows),
         **{f"share/{phase}": fmean(row[phase] for row in rows) / step_seconds for phase in names.TIME_PHASES},
     }
 
