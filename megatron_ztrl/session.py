@@ -255,7 +255,7 @@ class TrainingSession:
         if found.rollouts or found.tokens_cut:
             note = f"resumed {found.rollouts} rollouts with {found.tokens:,} tokens from the journal"
             if found.tokens_cut:
-                note += f"; {found.tokens_cut:,} of later policies than step {state.version}'s are sampled again"
+                note += f"; {found.tokens_cut:,} of policies after step {state.version}'s are sampled again"
             self._progress.note(note)
         return journal
 
