@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import secrets
 from collections.abc import Mapping
+from http import HTTPStatus
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 from urllib.parse import quote
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
 
 ROUTE_HEADER = "X-Session-Route"
 """Random, the same in every request of a session: a proxy that hashes it sends all of them to one executor."""
+_ROUTES_PER_TRY = 4
+"""Behind a proxy a route leads to one executor only, which may be the one that is down."""
 _CLOSE_TIMEOUT_SECONDS = 5.0
 """For the answer to a DELETE."""
 
@@ -143,16 +146,20 @@ class Session:
         return None
 
     async def _create(self, endpoint: Endpoint, deadline: Deadline) -> Answer:
-        self._headers = {ROUTE_HEADER: secrets.token_hex(16)}  # another try may land elsewhere
-        return await endpoint.request(
-            self._caller.http,
-            "POST",
-            "/v1/sessions",
-            self._options,
-            patience_seconds=self._caller.queue_timeout_seconds,
-            deadline=deadline,
-            headers=self._headers,
-        )
+        for _ in range(_ROUTES_PER_TRY):
+            self._headers = {ROUTE_HEADER: secrets.token_hex(16)}
+            answer = await endpoint.request(
+                self._caller.http,
+                "POST",
+                "/v1/sessions",
+                self._options,
+                patience_seconds=self._caller.queue_timeout_seconds,
+                deadline=deadline,
+                headers=self._headers,
+            )
+            if answer.http_status != HTTPStatus.BAD_GATEWAY:
+                break
+        return answer
 
     async def _catch_up(self, deadline: Deadline) -> ExecutionResult | None:
         """Run what was answered from the memo; returns why that failed."""
