@@ -182,7 +182,7 @@ def _check_room(
 
 
 def run_evaluation(config: Config) -> dict[int, dict[str, float]]:
-    """Evaluates the policy at ``model.path``; writes ``<run>/eval.json``, and what was evaluated beside it.
+    """Evaluates the policy at ``model.path``; writes ``<run>/eval.json`` after each N, and what was evaluated beside it.
 
     Returns:
         Metrics ``<data set>/<statistic>`` by N.
@@ -212,10 +212,11 @@ async def _run(config: Config) -> dict[int, dict[str, float]]:
             for env_iterations in config.eval.env_iterations:
                 progress.phase(f"evaluating at N = {env_iterations}")
                 results[env_iterations], _ = await evaluator.evaluate(env_iterations, count=progress.count)
+                # After each N: an interrupted evaluation keeps what it has finished.
+                write_run_info(config, prefix="eval_")
+                write_whole(directory / "eval.json", json.dumps(results, indent=2) + "\n")
                 progress.resume(len(results))
                 progress.note(f"N = {env_iterations}  {evaluation_line(results[env_iterations])}")
-    write_run_info(config, prefix="eval_")
-    write_whole(directory / "eval.json", json.dumps(results, indent=2) + "\n")
     return results
 
 
