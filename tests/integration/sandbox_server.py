@@ -97,6 +97,11 @@ class Executor:
         assert status == 200, answer
         return answer
 
+    def idle_workers(self) -> int:
+        with urllib.request.urlopen(self.url + "/metrics") as response:
+            text = response.read().decode()
+        return int(float(text.partition("\nztrl_sandbox_idle_workers ")[2].partition("\n")[0]))
+
     def settled(self) -> bool:
         """Whether the process tree is the zygote, the workers and one armed snippet process each."""
         workers = self.get("/health")["worker_pids"]
@@ -107,6 +112,21 @@ class Executor:
         code = self.process.wait(timeout=20)
         self.process.stdout.close()
         return code
+
+
+def stopped_in_time(executor: Executor, code: str, run_timeout_seconds: float, **options) -> dict:
+    """The result of code that prints and then does not end.
+
+    The time-out is short, so that many of these can be tested; a busy machine may need all of it before the code
+    has printed. Then it is repeated with twice the time.
+    """
+    for factor in (1, 2, 4, 8, 16):
+        result = executor.execute(code, factor * run_timeout_seconds, **options)
+        assert result["status"] == "timeout", result
+        assert result["run_seconds"] >= factor * run_timeout_seconds
+        if result["stdout"]:
+            break
+    return result
 
 
 def available_tiers() -> list[str]:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
-from sandbox_server import ENVIRONMENT, Executor, executor_with, until
+from sandbox_server import ENVIRONMENT, Executor, executor_with, stopped_in_time, until
 from ztrl_sandbox import tiers
 
 ALL = ("full", "user", "basic")
@@ -72,7 +72,9 @@ class Case:
     stdout: str | None = None
     stderr_end: str | None = None
     run_timeout_seconds: float = 20.0
-    max_run_seconds: float = 10.0
+    max_run_seconds: float = 18.0
+    endless: bool = False
+    """It prints and is stopped by the time-out."""
     options: dict = field(default_factory=dict)
     """Further fields of the request."""
 
@@ -99,8 +101,9 @@ def on_tiers(claim: str):
 
 def withstand(executor: Executor, case: Case) -> dict:
     """Run it beside a neighbour; the answer is as expected, the neighbour's are right, and nothing is left."""
+    run = stopped_in_time if case.endless else Executor.execute
     with undisturbed(executor):
-        result = executor.execute(case.code, case.run_timeout_seconds, **case.options)
+        result = run(executor, case.code, case.run_timeout_seconds, **case.options)
     status = case.status if isinstance(case.status, str) else case.status[executor.isolation]
     assert result["status"] == status, result
     for name in ("exit_code", "stdout"):

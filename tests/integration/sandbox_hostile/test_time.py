@@ -41,8 +41,9 @@ ENDLESS = {
         status="timeout",
         stdout="before\n",
         run_timeout_seconds=0.2,
+        endless=True,
     )
     for name, code in ENDLESS.items()
 )
 def test_what_does_not_end_is_stopped_in_time_and_keeps_its_output(executor, case):
-    assert withstand(executor, case)["run_seconds"] >= 0.2
+    withstand(executor, case)
