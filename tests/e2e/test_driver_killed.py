@@ -5,8 +5,9 @@ import json
 import re
 
 import pytest
-from running import QUICKSTART, SMALL, assert_nothing_left, rows, shared_files, ztrl
+from running import LIMIT_SECONDS, QUICKSTART, SMALL, assert_nothing_left, rows, shared_files, ztrl
 
+pytestmark = pytest.mark.timeout(2400)  # some runs of at most ``LIMIT_SECONDS`` each
 STEPS, GROUPS = 6, 4
 ASYNCHRONOUS = (
     "rollout.max_staleness=1",
@@ -42,7 +43,7 @@ def kill_after(process, line_start, marker):
     shared = shared_files(marker)
     assert shared
     process.kill()
-    process.wait(timeout=60)
+    process.wait(timeout=LIMIT_SECONDS)
     assert_nothing_left(marker)
     assert [path for path in shared if path.exists()] == []
     return output
@@ -58,7 +59,7 @@ def test_a_run_whose_driver_is_killed_twice_trains_every_group_once(tmp_path, ma
     assert rollouts > 0 and tokens > rollouts  # of step 2's policy and earlier
 
     process = start(run, "--resume")
-    output, _ = process.communicate(timeout=300)
+    output, _ = process.communicate(timeout=LIMIT_SECONDS)
     assert process.returncode == 0, output
     assert resumed(output)[0] > 0
     assert_nothing_left(marker)

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from running import QUICKSTART, SMALL, assert_nothing_left, rows, ztrl
+from running import LIMIT_SECONDS, QUICKSTART, SMALL, assert_nothing_left, rows, ztrl
 
 
 @pytest.mark.slow
@@ -21,7 +21,7 @@ def test_steps_end_while_an_evaluation_runs_whose_results_are_its_own_step_s(tmp
         "eval.samples_per_prompt=2",
         "checkpoint.export_hf=false",
     )
-    output, _ = process.communicate(timeout=300)
+    output, _ = process.communicate(timeout=LIMIT_SECONDS)
     assert process.returncode == 0, output
     assert [row["step"] for row in rows(run, "train")] == [1, 2, 3, 4]
     written = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]

@@ -3,7 +3,7 @@
 import json
 import signal
 
-from running import QUICKSTART, assert_nothing_left, ztrl
+from running import LIMIT_SECONDS, QUICKSTART, assert_nothing_left, ztrl
 
 
 def test_an_interrupted_evaluation_keeps_what_it_has_finished(tmp_path, marker):
@@ -17,7 +17,7 @@ def test_an_interrupted_evaluation_keeps_what_it_has_finished(tmp_path, marker):
             break
     process.send_signal(signal.SIGINT)
     rest = process.stdout.read()
-    assert process.wait(timeout=60) == 130, lines + [rest]
+    assert process.wait(timeout=LIMIT_SECONDS) == 130, lines + [rest]
     results = json.loads((run / "eval.json").read_text())
     assert list(results) == ["0"]
     assert results["0"]["arithmetic_held_out/response_tokens"] > 0

@@ -3,22 +3,23 @@
 import json
 
 import pytest
-from running import QUICKSTART, SMALL, assert_nothing_left, rows, ztrl
+from running import LIMIT_SECONDS, MANY, QUICKSTART, SMALL, assert_nothing_left, rows, ztrl
 
+pytestmark = pytest.mark.timeout(1200)  # some runs of at most ``LIMIT_SECONDS`` each
 PPO = QUICKSTART.parents[1] / "quickstart_ppo" / "config.yaml"
 SETTING = ("algorithm.critic_warmup_steps=1", "algorithm.minibatches=1", "algorithm.kl_coefficient=0.01")
 
 
 def ppo(run, *arguments):
     process = ztrl("train", str(PPO), f"run.directory={run}", *SMALL, *SETTING, *arguments)
-    output, _ = process.communicate(timeout=300)
+    output, _ = process.communicate(timeout=LIMIT_SECONDS)
     assert process.returncode == 0, output
     return rows(run, "train")
 
 
 def test_ppo_trains_its_critic_first_and_measures_the_distance_to_the_first_policy(tmp_path, marker):
     run = tmp_path / "run"
-    first, second, third = ppo(run, "reference.placement=world", "train.num_steps=3")
+    first, second, third = ppo(run, "reference.placement=world", "train.num_steps=3", *MANY)
     assert "loss/policy" not in first  # the actor waits
     assert first["critic/value"] == 0.0  # the head of a critic made from a policy
     assert first["critic/grad_norm"] > 0 and second["critic/value"] != 0.0
