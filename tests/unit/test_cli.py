@@ -265,7 +265,7 @@ def test_a_reader_that_has_seen_enough_is_no_error(tmp_path: Path) -> None:
     )
     assert process.stdout is not None
     process.stdout.close()
-    _, error = process.communicate(timeout=60)
+    _, error = process.communicate(timeout=300)
     assert (process.returncode, error) == (-signal.SIGPIPE, "")
 
 

@@ -3,6 +3,7 @@
 import asyncio
 
 import pytest
+from turns import settle, until
 
 from megatron_ztrl.engines.client import EngineError, EngineUnreachable
 from megatron_ztrl.envs.base import Reaction
@@ -79,14 +80,6 @@ async def roll_out(fleet, name="0", *, urgent=False):
         )
 
 
-async def until(condition):
-    for _ in range(10_000):
-        if condition():
-            return
-        await asyncio.sleep(0)
-    raise AssertionError("it never came true")
-
-
 def assert_whole(rollout):
     """Every token once, in order, with the log-prob of the engine that sampled it."""
     assert rollout.token_ids == list(range(4, 4 + LENGTH))
@@ -133,7 +126,7 @@ async def test_a_rollout_whose_engine_dies_goes_on_at_its_last_token_elsewhere()
     first.die()  # while it samples the second four tokens, which nobody ever sees
     await until(lambda: lost)
     assert fleet.engines == []
-    await asyncio.sleep(0.01)
+    await settle()
     assert not rollout.done()  # it waits for an engine
     fleet.add(second)
     rollout = await rollout
@@ -191,7 +184,7 @@ async def test_calls_to_an_engine_that_is_drained_end_and_their_tokens_count():
     await until(lambda: leaving.calls)
     fleet.add(other)
     drained = asyncio.create_task(fleet.drain(leaving))
-    await asyncio.sleep(0.01)
+    await settle()
     assert not drained.done()
     leaving.gate.set()
     await drained
@@ -252,7 +245,7 @@ async def test_cancelled_rollouts_give_back_their_places_wherever_they_are():
     mover = asyncio.create_task(roll_out(fleet))
     await until(lambda: fleet.load(engine) == 1)
     fleet.abandon(engine)
-    await asyncio.sleep(0.01)
+    await settle()
     mover.cancel()
     await asyncio.wait({mover})
     fleet.add(engine)

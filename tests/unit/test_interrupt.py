@@ -3,6 +3,7 @@
 import asyncio
 
 import pytest
+from turns import settle
 
 from megatron_ztrl.runtime.interrupt import unless_stopped
 
@@ -28,7 +29,7 @@ async def test_work_that_ends_first_gives_its_result_and_its_error():
 async def test_being_told_to_stop_cancels_the_work():
     stop, begun = asyncio.Event(), []
     waiting = asyncio.create_task(unless_stopped(stop, answer(begun, asyncio.Event())))
-    await asyncio.sleep(0.01)
+    await settle()
     assert begun and not waiting.done()
     stop.set()
     assert await waiting is None

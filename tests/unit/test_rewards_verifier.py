@@ -89,10 +89,10 @@ def test_an_answer_that_hangs_is_wrong_by_the_deadline_and_counted_and_its_proce
             [pid] = _children()
             started = time.monotonic()
             assert await verifier.score(rf"\boxed{{{answer}}}", "3") == 0.0
-            assert 1.0 <= time.monotonic() - started < 10.0
+            assert 4.0 <= time.monotonic() - started < 60.0
             assert pid not in _children()
 
-    counts = _run(body, timeout_seconds=1.0).counts
+    counts = _run(body, timeout_seconds=4.0).counts  # enough for the good answers on a busy machine
     assert (counts.timeouts, counts.settled_by_math_verify, counts.crashes) == (2, 2, 0)
 
 
@@ -163,7 +163,7 @@ def test_a_process_whose_parent_is_gone_ends_by_itself_in_mid_calculation_and_wh
     with start() as busy:
         busy.stdin.write(b'["9^{9^{9^9}}", "3"]\n')
         busy.stdin.flush()
-        assert busy.wait(timeout=5) == -signal.SIGALRM
+        assert busy.wait(timeout=60) == -signal.SIGALRM
     with start() as idle:
         idle.stdin.close()
-        assert idle.wait(timeout=5) == 0
+        assert idle.wait(timeout=60) == 0

@@ -5,6 +5,7 @@ import itertools
 import random
 
 import pytest
+from turns import settle
 
 from megatron_ztrl.rollout.scheduler import RolloutScheduler
 from megatron_ztrl.types import Prompt, RolloutGroup
@@ -70,7 +71,7 @@ async def test_groups_are_taken_in_admission_order_even_when_later_ones_finish_f
     take = asyncio.create_task(scheduler.take(2))
     gates[1].set()
     gates[3].set()
-    await asyncio.sleep(0.01)
+    await settle()
     assert not take.done()
     gates[0].set()
     assert [group.group_id for group in (await take).groups] == [0, 1]
@@ -87,10 +88,10 @@ async def test_no_more_groups_run_than_the_staleness_bound_admits():
     scheduler = make(run_group, max_staleness=1)
     scheduler.start()
     await scheduler.take(4)
-    await asyncio.sleep(0.01)
+    await settle()
     assert running == list(range(8))  # taken but not released: nothing new
     scheduler.release(4)
-    await asyncio.sleep(0.01)
+    await settle()
     assert running == list(range(12))
     await scheduler.stop()
 
@@ -156,7 +157,7 @@ async def test_an_interrupted_take_loses_no_group_and_a_restart_goes_on_with_the
     scheduler = make(run_group, keep=lambda group: group.group_id != 1)
     scheduler.start()
     take = asyncio.create_task(scheduler.take(4))
-    await asyncio.sleep(0.01)
+    await settle()
     take.cancel()
     with pytest.raises(asyncio.CancelledError):
         await take
