@@ -7,6 +7,7 @@ import logging
 import os
 import shutil
 import signal
+import socket
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,11 +21,17 @@ _DIRECTORY_PREFIX = "ztrl-ray-"
 """In the system's temporary directory; followed by the driver's process id."""
 _ADDRESS_VARIABLE = "ZTRL_NODE_ADDRESS"
 """Set, and inherited by every process of an embedded cluster: its servers listen on loopback only."""
+_ANSWER_SECONDS = 10.0
 
 
 @contextlib.contextmanager
 def ray_cluster() -> Iterator[None]:
-    """Starts (or joins) Ray; an embedded cluster leaves no process and no file behind."""
+    """Starts (or joins) Ray; an embedded cluster leaves no process and no file behind.
+
+    Raises:
+        ValueError: Nobody answers at ``RAY_ADDRESS``.
+    """
+    _check_answers(os.environ.get("RAY_ADDRESS", ""))
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     # A local cluster would write a token under the home directory and turn authentication on for later ones.
     os.environ.setdefault("RAY_AUTH_MODE", "disabled")
@@ -57,6 +64,20 @@ def ray_cluster() -> Iterator[None]:
         # Ray has put two handlers in its place: one prints a stack and aborts after three seconds, one exits at once.
         signal.signal(signal.SIGTERM, on_sigterm)
         yield
+
+
+def _check_answers(address: str) -> None:
+    """Ray itself would try for minutes, and end in a traceback."""
+    host, colon, port = address.rpartition(":")
+    if "/" in address or not (colon and port.isdecimal()):
+        return  # nothing, or what only Ray understands: "auto"
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_ANSWER_SECONDS).close()
+    except (OSError, OverflowError) as error:
+        raise ValueError(
+            f"RAY_ADDRESS={address}: no Ray cluster answers there ({error}); start one with"
+            " `ray start --head`, or unset RAY_ADDRESS to run on this machine alone"
+        ) from error
 
 
 def _remove_directories_of_killed_runs() -> None:
