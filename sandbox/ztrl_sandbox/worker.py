@@ -39,8 +39,11 @@ from ztrl_sandbox.isolation import Isolation, Slot, exit_after
 _FRAME_BYTES = 4096
 _WATCH_INTERVAL_SECONDS = 0.05
 """How often memory and process counts of a running snippet are read."""
-_INTERRUPT_GRACE_SECONDS = 0.5
-"""How long a session's code may take to stop at a ``KeyboardInterrupt`` before the session is killed."""
+_INTERRUPT_GRACE_SECONDS = 2.0
+"""How long a session's code may take to stop at a ``KeyboardInterrupt`` before the session is killed: long enough for
+a machine that is busy, since a session that could have lived is lost with all its variables."""
+_EXIT_GRACE_SECONDS = 0.5
+"""How long a session's process may take to die after the kernel has closed its descriptors."""
 
 
 @dataclass(slots=True)
@@ -291,7 +294,7 @@ class Worker:
         ):  # it is about to die, or its code closed the pipe and nobody will tell when the next ends
             poller = select.poll()
             poller.register(armed.pidfd, select.POLLIN)
-            died = poller.poll(1000 * _INTERRUPT_GRACE_SECONDS)
+            died = poller.poll(1000 * _EXIT_GRACE_SECONDS)
             return self._finish(armed, reason or (None if died else "closed"), running)
         return {
             "reason": reason,

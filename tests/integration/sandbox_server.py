@@ -17,6 +17,7 @@ from ztrl_sandbox import tiers
 from ztrl_sandbox.proctree import descendants
 
 PACKAGE_ROOT = str(Path(ztrl_sandbox.__file__).parent.parent)
+_PR_SET_NAME = 15
 ENVIRONMENT = {**os.environ, "PYTHONPATH": PACKAGE_ROOT, "ZTRL_TEST_SECRET": "s3cr3t-of-the-server"}
 
 
@@ -114,14 +115,28 @@ class Executor:
         return code
 
 
-def stopped_in_time(executor: Executor, code: str, run_timeout_seconds: float, **options) -> dict:
+def announcing(name: str, code: str) -> str:
+    """The code, run by a process that first takes this name, of at most 15 bytes."""
+    return f"import ctypes\nctypes.CDLL(None).prctl({_PR_SET_NAME}, {name.encode()!r}, 0, 0, 0)\n{code}"
+
+
+def announced(executor: Executor, *names: str) -> bool:
+    """Whether code with each of these names has begun and its process is still there."""
+    found = set()
+    for pid in descendants(executor.process.pid):
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+            found.add(Path(f"/proc/{pid}/comm").read_text().rstrip("\n"))
+    return found >= set(names)
+
+
+def stopped_in_time(execute: Callable[..., dict], code: str, run_timeout_seconds: float, **options) -> dict:
     """The result of code that prints and then does not end.
 
     The time-out is short, so that many of these can be tested; a busy machine may need all of it before the code
     has printed. Then it is repeated with twice the time.
     """
     for factor in (1, 2, 4, 8, 16):
-        result = executor.execute(code, factor * run_timeout_seconds, **options)
+        result = execute(code, factor * run_timeout_seconds, **options)
         assert result["status"] == "timeout", result
         assert result["run_seconds"] >= factor * run_timeout_seconds
         if result["stdout"]:

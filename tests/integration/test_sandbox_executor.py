@@ -108,7 +108,7 @@ time.sleep(60)
     ],
 )
 def test_what_does_not_end_is_stopped_in_time(executor, code):
-    result = stopped_in_time(executor, "print('before')\n" + code, 0.4)
+    result = stopped_in_time(executor.execute, "print('before')\n" + code, 0.4)
     assert result["stdout"] == "before\n"
     assert result["run_seconds"] < 10
 

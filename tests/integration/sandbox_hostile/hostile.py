@@ -101,9 +101,9 @@ def on_tiers(claim: str):
 
 def withstand(executor: Executor, case: Case) -> dict:
     """Run it beside a neighbour; the answer is as expected, the neighbour's are right, and nothing is left."""
-    run = stopped_in_time if case.endless else Executor.execute
+    run = functools.partial(stopped_in_time, executor.execute) if case.endless else executor.execute
     with undisturbed(executor):
-        result = run(executor, case.code, case.run_timeout_seconds, **case.options)
+        result = run(case.code, case.run_timeout_seconds, **case.options)
     status = case.status if isinstance(case.status, str) else case.status[executor.isolation]
     assert result["status"] == status, result
     for name in ("exit_code", "stdout"):
