@@ -34,7 +34,8 @@ def test_transformers_loads_an_export_and_gives_the_same_values(
     for sample, expected in zip(samples(), reference["outputs"], strict=True):
         with torch.no_grad():
             found = model(torch.tensor([sample.token_ids])).logits[0, :-1, 0]
-        assert torch.equal(found, torch.tensor(expected))
+        # The same numbers, but a kernel may take another way where a file's weights lie otherwise in memory.
+        torch.testing.assert_close(found, torch.tensor(expected), rtol=0, atol=1e-6)
 
 
 def test_export_is_bitwise_the_source_and_a_new_head(
