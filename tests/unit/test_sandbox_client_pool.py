@@ -5,6 +5,7 @@ import random
 import time
 
 import pytest
+from ztrl_sandbox import client_pool
 from ztrl_sandbox.client_pool import ExecutorPool
 from ztrl_sandbox.endpoint import Deadline
 from ztrl_sandbox.protocol import Status
@@ -35,15 +36,15 @@ async def run(caller, code="1", **options):
     return await caller.execute(code, run_timeout_seconds=1.0, **options)
 
 
-def takes(seconds, payload=OK):
+def after(event):
     async def step():
-        await asyncio.sleep(seconds)
-        return payload
+        await event.wait()
+        return OK
 
     return step
 
 
-async def until(condition, seconds=5.0):
+async def until(condition, seconds=60.0):
     """Ejection and readmission have no event for a test to wait for."""
     async with asyncio.timeout(seconds):
         while not condition():  # noqa: ASYNC110
@@ -69,7 +70,8 @@ async def test_calls_one_after_the_other_are_spread_evenly(scripted, pool_of):
 
 
 async def test_a_call_goes_to_the_executor_with_the_fewest_outstanding(scripted, pool_of):
-    slow, fast = await scripted(takes(0.5)), await scripted(OK)
+    all_else_is_done = asyncio.Event()
+    slow, fast = await scripted(after(all_else_is_done)), await scripted(OK)
     pool = pool_of([slow, fast])
     first = asyncio.create_task(run(pool))
     await slow.received(1)
@@ -77,34 +79,49 @@ async def test_a_call_goes_to_the_executor_with_the_fewest_outstanding(scripted,
     for _ in range(10):
         await run(pool)
     assert (len(slow.requests), len(fast.requests)) == (1, 10)
+    all_else_is_done.set()
     assert (await first).status is Status.OK
 
 
 async def test_an_executor_never_has_more_calls_than_its_limit_and_the_rest_wait_in_order(scripted, pool_of):
-    executors = [await scripted(takes(0.02)) for _ in range(2)]
+    wave = asyncio.Barrier(6)
+
+    async def step():
+        await wave.wait()
+        return OK
+
+    executors = [await scripted(step) for _ in range(2)]
     pool = pool_of(executors, max_concurrent_per_executor=3)
-    results = await asyncio.gather(*(run(pool, str(n)) for n in range(30)))
+    async with asyncio.timeout(60):  # with fewer at once there is no wave
+        results = await asyncio.gather(*(run(pool, str(n)) for n in range(30)))
     assert {result.status for result in results} == {Status.OK}
     assert [executor.most_in_flight for executor in executors] == [3, 3]
     codes = [[int(body["code"]) for body in executor.bodies] for executor in executors]
     # Within a wave of six, connections race; a later wave never overtakes an earlier one.
-    assert all(abs(code - 2 * place) < 6 for order in codes for place, code in enumerate(order))
+    assert all(code // 6 == place // 3 for order in codes for place, code in enumerate(order))
 
 
 async def test_a_waiting_call_goes_to_whichever_executor_is_free_first(scripted, pool_of):
-    slow, fast = await scripted(takes(1.0)), await scripted(takes(0.01))
+    all_else_is_done = asyncio.Event()
+    slow, fast = await scripted(after(all_else_is_done)), await scripted(OK)
     pool = pool_of([slow, fast], max_concurrent_per_executor=1)
-    await asyncio.gather(*(run(pool) for _ in range(11)))
+    calls = [asyncio.create_task(run(pool)) for _ in range(11)]
+    async with asyncio.timeout(60):
+        await fast.received(10)
+    all_else_is_done.set()
+    await asyncio.gather(*calls)
     assert (len(slow.requests), len(fast.requests)) == (1, 10)
 
 
 async def test_callers_who_give_up_while_they_wait_take_no_place_with_them(scripted, pool_of):
-    executor = await scripted(takes(0.05))
+    cancelled = asyncio.Event()
+    executor = await scripted(after(cancelled))
     pool = pool_of([executor], max_concurrent_per_executor=1)
     calls = [asyncio.create_task(run(pool)) for _ in range(20)]
     await executor.received(1)
     for call in calls[1::2]:
         call.cancel()
+    cancelled.set()
     results = await asyncio.gather(*calls, return_exceptions=True)
     assert [isinstance(result, asyncio.CancelledError) for result in results] == [False, True] * 10
     assert len(executor.requests) == 10
@@ -112,13 +129,13 @@ async def test_callers_who_give_up_while_they_wait_take_no_place_with_them(scrip
 
 
 async def test_a_deadline_that_passes_while_a_call_waits_its_turn_rejects_it(scripted, pool_of):
-    executor = await scripted(takes(2.0))
+    rejected = asyncio.Event()
+    executor = await scripted(after(rejected))
     pool = pool_of([executor], max_concurrent_per_executor=1)
     first = asyncio.create_task(run(pool))
     await executor.received(1)
-    started_at = time.monotonic()
-    result = await run(pool, deadline_seconds=0.2)
-    assert result.status is Status.REJECTED and time.monotonic() - started_at < 2.0
+    assert (await run(pool, deadline_seconds=0.2)).status is Status.REJECTED
+    rejected.set()
     assert (await first).status is Status.OK
     assert len(executor.requests) == 1
 
@@ -147,16 +164,24 @@ async def test_a_retry_prefers_an_executor_that_the_call_has_not_tried_even_if_i
         other.cancel()
 
 
-async def test_a_full_executor_is_passed_over_until_the_time_it_names(scripted, pool_of):
-    full = await scripted((429, {"status": "rejected"}, {"Retry-After": "2"}), OK)
-    free = await scripted(takes(0.02))
+async def test_a_full_executor_is_passed_over(scripted, pool_of):
+    full = await scripted((429, {"status": "rejected"}, {"Retry-After": "600"}), OK)
+    free = await scripted(OK)
     pool = pool_of([full, free])
-    started_at = time.monotonic()
-    for _ in range(10):
-        assert (await run(pool)).status is Status.OK
-    assert time.monotonic() - started_at < 2.0  # nobody waited for the full one
+    async with asyncio.timeout(60):  # nobody waits for the full one
+        for _ in range(10):
+            assert (await run(pool)).status is Status.OK
     assert (len(full.requests), len(free.requests)) == (1, 10)
-    await asyncio.sleep(2.6)
+
+
+async def test_a_full_executor_is_asked_again_after_the_time_it_names(scripted, pool_of):
+    full = await scripted((429, {"status": "rejected"}, {"Retry-After": "1"}), OK)
+    pool = pool_of([full, await scripted(OK)])
+    started_at = time.monotonic()
+    assert (await run(pool)).status is Status.OK
+    await until(lambda: not pool.executors[0].full)
+    assert time.monotonic() - started_at >= 0.75  # 1 s less the jitter
+    assert len(full.requests) == 1
     for _ in range(4):
         await run(pool)
     assert len(full.requests) == 3
@@ -199,16 +224,22 @@ async def test_an_executor_that_refuses_connections_is_ejected_at_once_and_readm
     assert len(first.requests) == 2
 
 
-async def test_probes_become_rare_while_an_executor_stays_unready(scripted, pool_of):
+async def test_probes_become_rare_while_an_executor_stays_unready(scripted, pool_of, monkeypatch):
+    vain_probes = []
+
+    def no_pause(attempt):
+        vain_probes.append(attempt)
+        return 0.0
+
+    monkeypatch.setattr(client_pool, "pause_after", no_pause)
     executor, other = await scripted((500, {}, {})), await scripted(OK)
     executor.ready = False
     pool = pool_of([executor, other])
     for _ in range(6):
         await run(pool)
-    await until(lambda: pool.executors[0].ejected)
-    await asyncio.sleep(2.0)
-    # After 0.1, 0.3, 0.7 and 1.5 s, each pause up to a quarter shorter or longer; the next after 3.1 s.
-    assert 3 <= executor.probes <= 5
+    await until(lambda: executor.probes >= 5)
+    # A pause before each, as after so many failed attempts: of 0.1, 0.2, 0.4, 0.8 and 1.6 s.
+    assert vain_probes[:5] == [1, 2, 3, 4, 5] and executor.probes <= len(vain_probes)
 
 
 async def test_calls_wait_out_an_outage_of_all_executors(scripted, pool_of):
