@@ -26,7 +26,7 @@ from cases import (
     TWO_RANK_CASES_OF_THE_TABLE,
     TWO_RANK_CRITICS,
 )
-from launcher import launch
+from launcher import LIMIT_SECONDS, launch
 from ranks import run_checkpoint_cases, run_parity_cases
 from reference import prepare
 
@@ -39,6 +39,8 @@ COARSE = {case.name: case for case in BFLOAT16_CASES}
 RECUT = {name: case for name, case in POLICIES.items() if case.like}
 KINDS = {"policy": POLICIES, "critic": CRITICS, "case": EVERY_CASE, "coarse": COARSE, "recut": RECUT}
 """The arguments of a test that stand for one case after the other."""
+LAUNCHES = {"parity", "checkpoints"}
+"""Fixtures that launch ranks, up to twice."""
 RESUME_PAIRS = [
     ("tp2-sp", "tp2-sp"),
     ("dp2", "dp2"),
@@ -59,6 +61,12 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
             metafunc.parametrize(name, cases.values(), ids=cases)
     if "pair" in metafunc.fixturenames:
         metafunc.parametrize("pair", RESUME_PAIRS, ids=["-to-".join(pair) for pair in RESUME_PAIRS])
+
+
+def pytest_itemcollected(item: pytest.Item) -> None:
+    """Gives the time that its launches may take to the test that happens to need them first."""
+    if LAUNCHES & set(getattr(item, "fixturenames", ())):
+        item.add_marker(pytest.mark.timeout(3 * LIMIT_SECONDS))
 
 
 @pytest.fixture(scope="session")

@@ -15,7 +15,7 @@ import torch
 import torch.multiprocessing as multiprocessing
 
 PRELOAD = ["megatron_ztrl.trainer.actor", "megatron_ztrl.trainer.critic"]
-LIMIT_SECONDS = 240
+LIMIT_SECONDS = 540
 """A rank that fails inside a collective can leave its peers waiting."""
 
 

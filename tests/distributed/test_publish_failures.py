@@ -16,7 +16,7 @@ from megatron_ztrl.weights.transports.shards import ShardTransport
 MODEL_BYTES = 4 * MODEL_ELEMENTS
 BUCKET_BYTES = 1 << 20
 """A rank's half of the model is 8 MiB."""
-NOTICED_SECONDS = 10
+NOTICED_SECONDS = 60
 """A failure that somebody waits out would take the time-out, 120 s."""
 
 
@@ -220,7 +220,8 @@ async def test_weights_that_lie_in_one_piece_at_both_ends_need_no_memory(world):
     await asyncio.gather(*(process.call("reset peak") for process in processes))
     await transport.deliver(engines, 2)
     peaks = await asyncio.gather(*(process.call("peak") for process in processes))
-    assert max(peaks) < 0.25 * BUCKET_BYTES
+    # One bucket would show as 0.9 of its bytes and more (see above); the kernel counts some dozens of pages late.
+    assert max(peaks) < 0.6 * BUCKET_BYTES
 
 
 def test_a_bucket_that_holds_no_row_is_refused_by_its_config_key():
