@@ -7,7 +7,7 @@ import shutil
 import socket
 
 import pytest
-from sandbox_server import Executor
+from sandbox_server import Executor, announced, announcing
 from ztrl_sandbox.client import ExecutorClient
 from ztrl_sandbox.client_pool import ExecutorPool
 from ztrl_sandbox.nginx import nginx_config
@@ -132,11 +132,11 @@ async def test_what_a_session_survives_and_what_it_does_not(executors):
             assert not session.alive
             after = await run("x")
             assert after.status is Status.REJECTED and "its process ended" in after.message
-        async with client.session(ttl_seconds=0.2) as session:
+        async with client.session(ttl_seconds=2.0) as session:
             assert (await run("x = 1")).status is Status.OK
-            await asyncio.sleep(0.6)
+            await until(lambda: executors[0].get("/health")["sessions"] == 0)
             after = await run("x")
-            assert after.status is Status.REJECTED and "expired after 0.2 s" in after.message
+            assert after.status is Status.REJECTED and "expired after 2 s" in after.message
 
 
 async def test_a_session_is_lost_with_its_killed_executor_and_says_so(executors):
@@ -145,9 +145,9 @@ async def test_a_session_is_lost_with_its_killed_executor_and_says_so(executors)
             await session.execute("x = 1", run_timeout_seconds=20.0)
             home = next(index for index, executor in enumerate(executors) if executor.url == session.url)
             call = asyncio.create_task(
-                session.execute("import time; time.sleep(20)", run_timeout_seconds=20.0)
+                session.execute(announcing("doomed", "import time; time.sleep(60)"), run_timeout_seconds=60.0)
             )
-            await asyncio.sleep(0.3)
+            await until(lambda: announced(executors[home], "doomed"))
             kill(executors[home])
             assert (await call).status is Status.SANDBOX_ERROR
             after = await session.execute("x", run_timeout_seconds=20.0)
@@ -185,7 +185,18 @@ async def test_nginx_makes_two_executors_look_like_one(executors, tmp_path):
             await session.execute(f"x = {number}", run_timeout_seconds=20.0)
             return (await session.execute("print(x)", run_timeout_seconds=20.0)).stdout
 
+    async def listens():
+        with contextlib.suppress(OSError):
+            _, writer = await asyncio.open_connection(*listen.split(":"))
+            writer.close()
+            return True
+        return False
+
     try:
+        async with asyncio.timeout(60):  # it tells nobody when it listens
+            while not await listens():
+                assert nginx.returncode is None
+                await asyncio.sleep(0.02)
         async with ExecutorClient(f"http://{listen}") as client:
             calls = [client.execute(f"print({n})", run_timeout_seconds=20.0) for n in range(100)]
             sessions = [in_session(client, n) for n in range(20)]

@@ -55,12 +55,12 @@ def fill():
                     end.send(bytes(1 << 16))
             except BlockingIOError:
                 pass
-    time.sleep(2)
+    time.sleep(60)
 for _ in range(24):  # 1 GiB, should nothing stop it
     if os.fork() == 0:
         fill()
         os._exit(0)
-time.sleep(2)
+time.sleep(60)
 """
 
 OVER_THE_LIMIT = {"claim": "memory", "status": "memory"}

@@ -39,7 +39,7 @@ print("sockets", open("/proc/net/unix").read())
 for name in {settings}:
     print(name, open("/proc/sys/" + name).read())
 print("processes", sum(name.isdigit() for name in os.listdir("/proc")))
-print("keys", open("/proc/keys").read())
+print("keys", [(fields[:2], fields[4:]) for fields in map(str.split, open("/proc/keys"))])  # no counts, no clocks
 """
 
 LEAVES = {
