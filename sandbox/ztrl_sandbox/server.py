@@ -23,6 +23,8 @@ from ztrl_sandbox.sessions import SessionConfig, SessionTable
 
 _KEEP_ALIVE_SECONDS = 75
 """Longer than clients keep idle connections, so that none sends into a closing one."""
+_ANSWER_SECONDS = 10
+"""How long a server that stops waits until the callers of what it has stopped have their answers."""
 
 
 class JoinedWrites:
@@ -130,7 +132,7 @@ async def serve(
         access_log=False,
         timeout_keep_alive=_KEEP_ALIVE_SECONDS,
         lifespan="off",
-        timeout_graceful_shutdown=2,
+        timeout_graceful_shutdown=_ANSWER_SECONDS,
     )
 
     async def stop_workers() -> None:
