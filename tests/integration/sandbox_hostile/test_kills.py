@@ -49,7 +49,7 @@ class CallsInFlight:
     def __init__(self, executor: Executor) -> None:
         self._threads = ThreadPoolExecutor(WORKERS)
         self._calls = [self._threads.submit(executor.execute, SLOW, 60.0) for _ in range(WORKERS)]
-        time.sleep(0.2)  # the server gives no sign that a snippet has started
+        assert until(lambda: not executor.idle_workers())
 
     def answers(self) -> list[dict]:
         return [call.result(timeout=10) for call in self._calls]
