@@ -8,10 +8,6 @@ import pytest
 from sandbox_server import ENVIRONMENT, executor_with
 from ztrl_sandbox.bench.floor import forks_per_second
 
-pytestmark = (
-    pytest.mark.alone
-)  # the endless loops of the mixed load must have printed in a quarter of a second
-
 
 def bench(seconds: float, *options: str) -> subprocess.CompletedProcess:
     command = [sys.executable, "-m", "ztrl_sandbox", "bench", "--seconds", str(seconds)]
@@ -19,6 +15,8 @@ def bench(seconds: float, *options: str) -> subprocess.CompletedProcess:
     return subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=600, check=False)
 
 
+# The endless loops of the mixed load must have printed in a quarter of a second.
+@pytest.mark.alone
 def test_it_starts_an_executor_measures_every_load_and_judges(tmp_path):
     outcome = bench(1.0, "--workers", "2", "--json", str(tmp_path / "figures.json"))
     assert outcome.returncode == 0, outcome.stdout + outcome.stderr
@@ -37,6 +35,7 @@ def test_it_starts_an_executor_measures_every_load_and_judges(tmp_path):
     assert "lost calls" in outcome.stdout and "MISSED" not in outcome.stdout.splitlines()[-1]
 
 
+@pytest.mark.alone
 def test_it_drives_a_server_of_either_protocol():
     with executor_with("auto", "--workers", "2", "--preload", "math,sympy") as executor:
         for protocol in ("native", "sandboxfusion"):
