@@ -25,6 +25,8 @@ SNIPPET_SECONDS = 0.01
 """Added to every snippet, so that there is time to be interrupted in."""
 LONGEST_GAP_SECONDS = 0.005
 """Every request is held back for a random part of it: the time between two turns."""
+Moment = Literal["any", "tool", "turn", "at once"]
+MOMENTS: tuple[Moment, ...] = ("any", "tool", "turn", "at once")
 STATES = ("mid-token", "mid-tool", "between turns")
 
 
@@ -244,6 +246,7 @@ class Interrupter:
         self._chance = chance
         self._mean_interval_seconds = mean_interval_seconds
         self._version = 0
+        self._moments: list[Moment] = []
         self.publishes: list[Publish] = []
 
     async def publish(self) -> None:
@@ -267,10 +270,10 @@ class Interrupter:
         )
 
     async def _moment(self) -> None:
-        """Any time, while a snippet runs, right after a turn, or at once after the last publish."""
-        kind: Literal["any", "tool", "turn", "at once"] = self._chance.choice(
-            ("any", "tool", "turn", "at once")
-        )
+        """Any time, while a snippet runs, right after a turn, or at once after the last publish: each in its turn."""
+        if not self._moments:
+            self._moments = self._chance.sample(MOMENTS, len(MOMENTS))
+        kind = self._moments.pop()
         if kind == "any":
             await asyncio.sleep(self._chance.expovariate(1 / self._mean_interval_seconds))
         elif kind != "at once":
