@@ -30,7 +30,7 @@ from megatron_ztrl.weights.transports import TrainerDied
 
 Role = Literal["actor", "critic", "reference"]
 WATCH_INTERVAL_SECONDS = 5.0
-NOTICE_SECONDS = 10.0
+NOTICE_SECONDS = 30.0
 """Ray may learn of the death of a rank's process so long after its peers have."""
 
 
