@@ -22,6 +22,8 @@ SERVER_ARGS: dict[str, Any] = {
     "disable_overlap_schedule": True,
     # SGLang would otherwise zero half of the host's memory for KV (10 GiB take 7 s of the start).
     "max_total_tokens": 131072,
+    # Forward passes between two looks at what has arrived; see `environment`.
+    "scheduler_recv_interval": 16,
 }
 """Defaults on a CPU machine; ``sglang.server_args`` overrides them."""
 
@@ -36,6 +38,11 @@ def environment(tensor_parallel_size: int) -> dict[str, str]:
         # per 4 KiB, which takes longer than filling it.
         "MALLOC_MMAP_THRESHOLD_": str(1 << 30),
         "MALLOC_TRIM_THRESHOLD_": str(1 << 30),
+        # Tool replies come one by one, and a prefill goes before decoding: with a look at the requests after every
+        # pass, more passes prefilled three or four replies than decoded. So prefills count as passes between two
+        # looks, too (by default each is followed by one); an idle engine looks always.
+        "SGLANG_SCHEDULER_RECV_SKIPPER_WEIGHT_DEFAULT": "1",
+        "SGLANG_SCHEDULER_RECV_SKIPPER_WEIGHT_NONE": str(SERVER_ARGS["scheduler_recv_interval"]),
     }
     if tensor_parallel_size > 1:  # without a binding SGLang wants one NUMA node for each rank
         variables["SGLANG_CPU_OMP_THREADS_BIND"] = _cores_by_rank(tensor_parallel_size)
