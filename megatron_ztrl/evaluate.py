@@ -182,7 +182,7 @@ def _check_room(
 
 
 def run_evaluation(config: Config) -> dict[int, dict[str, float]]:
-    """Evaluates the policy at ``model.path``; writes ``<run>/eval.json`` after each N, and what was evaluated beside it.
+    """Evaluates the policy at ``model.path``; writes ``<run>/eval.json``, and what was evaluated, after each N.
 
     Returns:
         Metrics ``<data set>/<statistic>`` by N.

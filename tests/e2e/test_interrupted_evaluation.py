@@ -3,9 +3,11 @@
 import json
 import signal
 
+import pytest
 from running import LIMIT_SECONDS, QUICKSTART, assert_nothing_left, ztrl
 
 
+@pytest.mark.slow
 def test_an_interrupted_evaluation_keeps_what_it_has_finished(tmp_path, marker):
     run = tmp_path / "run"
     options = ("eval.env_iterations=[0,2]", "eval.samples_per_prompt=4")
