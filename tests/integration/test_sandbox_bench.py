@@ -17,6 +17,7 @@ def bench(seconds: float, *options: str) -> subprocess.CompletedProcess:
 
 # The endless loops of the mixed load must have printed in a quarter of a second.
 @pytest.mark.alone
+@pytest.mark.slow
 def test_it_starts_an_executor_measures_every_load_and_judges(tmp_path):
     outcome = bench(1.0, "--workers", "2", "--json", str(tmp_path / "figures.json"))
     assert outcome.returncode == 0, outcome.stdout + outcome.stderr
@@ -36,6 +37,7 @@ def test_it_starts_an_executor_measures_every_load_and_judges(tmp_path):
 
 
 @pytest.mark.alone
+@pytest.mark.slow
 def test_it_drives_a_server_of_either_protocol():
     with executor_with("auto", "--workers", "2", "--preload", "math,sympy") as executor:
         for protocol in ("native", "sandboxfusion"):
