@@ -1,6 +1,7 @@
 """The quickstart once for each seed, and its results over all of them: mean (least–most).
 
-A seed takes some four minutes. Run again, it goes on with the first seed that is not finished.
+A seed takes some four minutes. Run again, it goes on with the first seed that is not finished, whose time is then that
+of the rest.
 
     python benchmarks/quickstart_seeds.py [--seeds 0 1 2] [--directory runs/quickstart_seeds] [a.b=c ...]
 """
