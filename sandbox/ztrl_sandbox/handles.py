@@ -8,6 +8,7 @@ import dataclasses
 import json
 import logging
 import os
+import select
 import signal
 import socket
 import subprocess
@@ -355,8 +356,10 @@ class ZygoteHandle:
 
     @property
     def alive(self) -> bool:
-        """Whether it can still fork."""
-        return self._process.poll() is None
+        """Whether it can still fork. One that dies closes its socket a moment before its death can be seen."""
+        hang_up = select.poll()
+        hang_up.register(self._socket, 0)
+        return self._process.poll() is None and not hang_up.poll(0)
 
     async def close(self) -> None:
         """End it, and wait until it is gone."""

@@ -242,6 +242,7 @@ class WorkerPool:
             self._fork(zygote, worker)
             await worker.armed
         except BaseException:
+            worker.armed.cancel()  # nobody waits for it any more
             worker.close()
             raise
         return worker

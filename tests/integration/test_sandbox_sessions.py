@@ -1,9 +1,11 @@
 """Sessions of a real executor: what persists, what does not, and how each of them can end."""
 
+import asyncio
 import contextlib
 import os
 import re
 import signal
+import socket
 import threading
 import time
 import urllib.error
@@ -23,7 +25,9 @@ from sandbox_server import (
     stopped_in_time,
     until,
 )
+from ztrl_sandbox.handles import ZygoteHandle
 from ztrl_sandbox.proctree import descendants
+from ztrl_sandbox.protocol import Limits
 
 HOLDS_ON = "import time; print('begun', flush=True); time.sleep(60)"
 OPTIONS = ("--workers", "2", "--preload", "math", "--memory-limit-bytes", str(300 << 20))
@@ -392,6 +396,25 @@ def test_sessions_outlive_the_zygote_and_new_ones_get_another(strongest):
     assert other.execute("print('x' in globals())")["stdout"] == "False\n"
     assert session.execute("print(x)")["stdout"] == "1\n"
     assert strongest.get("/health")["zygote_pid"] != victim
+
+
+def test_a_zygote_that_has_closed_its_socket_forks_no_more_although_it_is_not_dead(tmp_path):
+    async def scenario():
+        zygote = ZygoteHandle(
+            preload=(), isolation="basic", limits=Limits(), scratch_root=tmp_path / "slots", cgroups=None
+        )
+        await zygote.wait_ready()
+        assert zygote.alive
+        os.kill(zygote.pid, signal.SIGSTOP)  # so that it stays between the two for as long as this needs
+        try:
+            zygote._socket.shutdown(socket.SHUT_RDWR)
+            assert not zygote.alive
+            assert running(zygote.pid)
+        finally:
+            os.kill(zygote.pid, signal.SIGCONT)
+            await zygote.close()
+
+    asyncio.run(scenario())
 
 
 def test_a_stop_ends_the_sessions():
