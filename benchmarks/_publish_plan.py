@@ -8,7 +8,6 @@ from collections import Counter
 from itertools import pairwise
 from typing import Any
 
-import torch
 from rich.console import Console
 from rich.table import Table
 
@@ -38,7 +37,7 @@ QWEN_32B: dict[str, Any] = {
 }
 LAYOUT = ParallelLayout(tensor_size=8, pipeline_size=4, data_size=2)
 ENGINES, ENGINE_RANKS = 8, 4
-ITEM_BYTES = 2
+DTYPE, ITEM_BYTES = "bfloat16", 2
 NIC_BYTES_PER_SECOND = 50e9
 """400 Gb/s, in each direction; every GPU has its own."""
 MOST_PLANNING_SECONDS = 5.0
@@ -59,7 +58,8 @@ def plan_32b() -> dict[str, Any]:
     senders = [megatron_slices(architecture, LAYOUT, rank, backend="te") for rank in range(LAYOUT.world_size)]
     engine_ranks = [engine_slices(QWEN_32B, ENGINE_RANKS, rank) for rank in range(ENGINE_RANKS)]
     published = plan(senders, engine_ranks, ENGINES, shapes)
-    published.sender_links(), published.receiver_links()  # what is sent to the ranks
+    dtypes = dict.fromkeys(shapes, DTYPE)
+    published.sender_links(dtypes), published.receiver_links(dtypes)  # what is sent to the ranks
     planning_seconds = time.perf_counter() - began
     links = {pair: ITEM_BYTES * elements for pair, elements in published.link_elements().items()}
     sent, received = Counter[int](), Counter[int]()
@@ -120,13 +120,13 @@ def simulate(published: PublishPlan, bucket_bytes: int) -> float:
 
 def _buckets(published: PublishPlan, bucket_bytes: int) -> list[tuple[list[int], Bucket]]:
     """All buckets in the agreed order, each with the ranks that it goes through."""
-    heads = {
-        link.order: (sender, link) for sender, links in enumerate(published.sender_links()) for link in links
-    }
+    dtypes = {item.tensor: DTYPE for item in published.transfers}
+    sent = published.sender_links(dtypes)
+    heads = {link.order: (sender, link) for sender, links in enumerate(sent) for link in links}
     paths = {order: [sender, link.peer] for order, (sender, link) in heads.items()}
     onward = {
         (published.group_rank(engine, rank), link.order): link.forward_to
-        for engine, ranks in enumerate(published.receiver_links())
+        for engine, ranks in enumerate(published.receiver_links(dtypes))
         for rank, links in enumerate(ranks)
         for link in links
     }
@@ -134,9 +134,7 @@ def _buckets(published: PublishPlan, bucket_bytes: int) -> list[tuple[list[int],
         while (following := onward[path[-1], order]) is not None:
             path.append(following)
     all_links = [link for _, link in heads.values()]
-    return [
-        (paths[bucket.link.order], bucket) for bucket in schedule(all_links, torch.bfloat16, bucket_bytes)
-    ]
+    return [(paths[bucket.link.order], bucket) for bucket in schedule(all_links, bucket_bytes)]
 
 
 def print_plan(row: dict[str, Any]) -> None:

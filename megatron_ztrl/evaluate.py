@@ -199,6 +199,10 @@ async def _run(config: Config) -> dict[int, dict[str, float]]:
         raise ValueError("data.eval: no data set to evaluate on; add one")
     if not config.eval.env_iterations:
         raise ValueError("eval.env_iterations: no N to evaluate at; name one, e.g. [2]")
+    if config.engine.path is not None:
+        raise ValueError(
+            "engine.path: nothing is published to these engines; set model.path to that checkpoint instead"
+        )
     HFCheckpointReader(Path(config.model.path))  # refuses missing weights before an engine starts
     tokenizer = PolicyTokenizer(Path(config.model.path))
     prompts = load_eval_prompts(config, tokenizer.encode)

@@ -148,6 +148,7 @@ def _paths(config: Config) -> Iterator[str]:
     for path, name in [
         ("model.path", config.model.path),
         *([] if config.critic.path is None else [("critic.path", config.critic.path)]),
+        *([] if config.engine.path is None else [("engine.path", config.engine.path)]),
         *((f"{p}.path", d.path) for p, d in _datasets(config)),
     ]:
         if not name:

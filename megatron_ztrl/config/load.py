@@ -23,7 +23,7 @@ __all__ = ["ConfigError", "check_config", "load_config", "save_config"]
 _DATA_SUFFIXES = (".jsonl", ".json", ".parquet")
 """A path that ends like this is a file, never a hub id."""
 _INPUTS = (
-    *("model.path", "critic.path", "data.train.path", "sandbox.token_file"),
+    *("model.path", "critic.path", "engine.path", "data.train.path", "sandbox.token_file"),
     *("data.prompt_template", "reward.function", "tool.environment"),
 )
 """Keys that may name a local file; so do the paths of ``data.eval``."""
@@ -32,9 +32,9 @@ _INPUTS = (
 def load_config(path: str | os.PathLike[str], overrides: typing.Sequence[str] = ()) -> Config:
     """Reads a YAML file, applies ``a.b=c`` overrides, validates, and makes paths absolute.
 
-    ``model.path``, ``critic.path``, the data sets' ``path``, ``sandbox.token_file`` and every ``FILE.py:NAME`` are
-    relative to the file they are written in, or to the current directory when an override gives them; hub ids stay
-    as they are. ``run.directory`` is relative to the current directory.
+    ``model.path``, ``critic.path``, ``engine.path``, the data sets' ``path``, ``sandbox.token_file`` and every
+    ``FILE.py:NAME`` are relative to the file they are written in, or to the current directory when an override gives
+    them; hub ids stay as they are. ``run.directory`` is relative to the current directory.
 
     Raises:
         ConfigError: One line per problem.

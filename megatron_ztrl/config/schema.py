@@ -246,6 +246,10 @@ class MegatronConfig(Section):
 class EngineConfig(Section):
     """SGLang servers."""
 
+    path: str | None = None
+    """Hugging Face checkpoint that engines start from, where it is not ``model.path``: the same model in block-wise FP8
+    (``tools/convert_checkpoint.py hf-to-fp8``). Its config.json says how engines hold their weights, and every publish
+    quantises accordingly. Needs GPUs, ``model.dtype: bfloat16`` and ``publish.transport: shards``."""
     count: int = 1
     tensor_parallel_size: int = 1
     port: int | None = None
@@ -288,7 +292,8 @@ class PublishConfig(Section):
     verify_interval_steps: int = 1
     """How often the canary prompt's log-probs are compared; 0 never."""
     max_logprob_gap: float | None = None
-    """Nats, over the canary's tokens. None: 1e-4 in float32, which agrees to 1e-5, and 0.1 in bfloat16."""
+    """Nats, over the canary's tokens. None: 1e-4 in float32, which agrees to 1e-5, 0.1 in bfloat16, and 2 for FP8
+    engines (``engine.path``), whose policy is another one."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -67,7 +67,7 @@ class EngineServer:
             device: None takes CUDA when torch sees it.
 
         Raises:
-            ValueError: ``sglang.server_args`` sets what this project owns.
+            ValueError: ``sglang.server_args`` sets what this project owns, or FP8 engines find no GPU.
         """
         self._config = config
         self._log_path = log_path
@@ -230,7 +230,7 @@ class EngineServer:
         if self._device == "cpu":
             paths.append(str(cpu_compat.STANDINS))
             variables |= cpu_compat.environment(tensor_parallel_size)
-        if Path(self._config.model.path).is_dir():
+        if Path(_model_path(self._config)).is_dir():
             variables["HF_HUB_OFFLINE"] = "1"
         variables["TMPDIR"] = self._scratch.name  # SGLang leaves its sockets behind
         variables[tether.SHARED_FILES_VARIABLE] = str(self._shared_files_list())
@@ -239,9 +239,15 @@ class EngineServer:
         return {**os.environ, **variables}
 
 
+def _model_path(config: Config) -> str:
+    return config.engine.path or config.model.path
+
+
 def _server_args(config: Config, index: int, device: str) -> dict[str, Any]:
+    if device == "cpu" and config.engine.path is not None:  # where SGLang would pack FP8 weights for AMX
+        raise ValueError("engine.path: FP8 engines need GPUs; leave it out on a machine without one")
     owned: dict[str, Any] = {
-        "model_path": config.model.path,
+        "model_path": _model_path(config),
         "dtype": config.model.dtype,
         "tp_size": config.engine.tensor_parallel_size,
         # One more than the rollouts take: the canary of a publish must not wait for one of them to end.

@@ -47,8 +47,6 @@ class WeightGroup:
     port: int
     world_size: int
     backend: Literal["gloo", "nccl"]
-    dtype: Literal["float32", "bfloat16"]
-    """What travels: the engine's dtype."""
     bucket_bytes: int
     """Of one message; a rank stages two."""
     checksums: bool

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 from megatron_ztrl.engines.weight_group import Channel, Member, WeightGroup
-from megatron_ztrl.engines.weight_stream import Bucket, InFlight, Link, Piece, Staging, schedule
+from megatron_ztrl.engines.weight_stream import Bucket, InFlight, Link, Piece, Staging, dtype_named, schedule
 
 _member: Member | None = None
 """Joined at the first publish and kept: SGLang calls a function, so the state has to live in the module."""
@@ -121,11 +121,14 @@ def _join(spec: dict[str, Any]) -> None:
             order,
             peer,
             forward_to,
-            tuple(Piece(t, param, dim, start, tuple(shape)) for t, param, dim, start, shape in pieces),
+            tuple(
+                Piece(tensor, param, dim, start, tuple(shape), dtype)
+                for tensor, param, dim, start, shape, dtype in pieces
+            ),
         )
         for order, peer, forward_to, pieces in spec["links"]
     ]
-    _buckets = schedule(links, getattr(torch, group.dtype), group.bucket_bytes)
+    _buckets = schedule(links, group.bucket_bytes)
     try:
         _member = Member(group, spec["rank"])
     except RuntimeError as error:  # without a group, and a report, this rank keeps what it has
@@ -138,20 +141,26 @@ def _check(member: Member, publish: int, parameters: dict[str, torch.nn.Paramete
     Raises:
         ValueError: a parameter is missing, or has another shape or dtype than planned.
     """
-    dtype = getattr(torch, member.group.dtype)
     try:
         for piece in {block.piece: None for bucket in _buckets for block in bucket.blocks}:
             parameter = parameters.get(piece.param)
             if parameter is None:
                 raise ValueError(f"{piece.tensor}: the engine has no parameter {piece.param}")
-            if parameter.dtype != dtype:
+            if parameter.dtype != dtype_named(piece.dtype):
                 raise ValueError(
-                    f"engine parameter {piece.param} is {parameter.dtype}, the weights come as {dtype}"
+                    f"engine parameter {piece.param} is {parameter.dtype}, the weights come as torch.{piece.dtype}"
+                    + _rearranged(piece)
                 )
             piece.of(parameter)
     except ValueError as error:
         member.refuse(publish, f"engine rank {member.rank}: {error}")
         raise
+
+
+def _rearranged(piece: Piece) -> str:
+    if piece.dtype != "float8_e4m3fn" and not piece.param.endswith("_scale_inv"):
+        return ""
+    return "; SGLang rearranges FP8 weights for the kernels of GPUs other than Hopper's: leave out engine.path there"
 
 
 @torch.no_grad()

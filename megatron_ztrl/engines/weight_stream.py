@@ -22,7 +22,10 @@ from megatron_ztrl.engines.weight_group import WeightGroup
 ALONE_BYTES = 64 << 10
 """A block of at least this size is a message of its own."""
 _CHECKSUM_BYTES = 8
-_WORDS = {8: torch.int64, 4: torch.int32, 2: torch.int16}
+_WORDS = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.uint8}
+
+Convert = Callable[["Block", torch.Tensor, torch.Tensor], torch.Tensor]
+"""Puts the values of a block into a tensor of the dtype that travels, and returns that."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +38,12 @@ class Piece:
     dim: int
     start: int
     shape: tuple[int, ...]
+    dtype: str
+    """What travels: the dtype of the engine's parameter."""
+
+    @property
+    def itemsize(self) -> int:
+        return dtype_named(self.dtype).itemsize
 
     def of(self, parameter: torch.Tensor) -> torch.Tensor:
         """Return the view of the parameter.
@@ -81,17 +90,18 @@ class Block:
     def shape(self) -> tuple[int, ...]:
         return (self.rows, *self.piece.shape[1:])
 
-    def num_bytes(self, itemsize: int) -> int:
-        return math.prod(self.shape) * itemsize
+    @property
+    def num_bytes(self) -> int:
+        return math.prod(self.shape) * self.piece.itemsize
 
     def of(self, parameter: torch.Tensor) -> torch.Tensor:
         """Return the view of the parameter."""
         return self.piece.of(parameter).narrow(0, self.row, self.rows)
 
-    def staged(self, buffer: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    def staged(self, buffer: torch.Tensor) -> torch.Tensor:
         """Return the view of the staging buffer."""
-        end = self.offset + self.num_bytes(dtype.itemsize)
-        return buffer[self.offset : end].view(dtype).view(self.shape)
+        whole = buffer[self.offset : self.offset + self.num_bytes]
+        return whole.view(dtype_named(self.piece.dtype)).view(self.shape)
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,22 +134,29 @@ class Bucket:
         return self.checksums_at + _CHECKSUM_BYTES * len(self.blocks)
 
 
-def schedule(links: Sequence[Link], dtype: torch.dtype, bucket_bytes: int) -> list[Bucket]:
+def dtype_named(name: str) -> torch.dtype:
+    """Return torch's dtype of this name."""
+    dtype = getattr(torch, name)
+    assert isinstance(dtype, torch.dtype), name
+    return dtype
+
+
+def schedule(links: Sequence[Link], bucket_bytes: int) -> list[Bucket]:
     """Every bucket of a rank, in the order in which all ranks agree to handle them.
 
     Raises:
         ValueError: one row of a piece does not fit into a bucket.
     """
-    buckets = itertools.chain.from_iterable(_cut(link, dtype.itemsize, bucket_bytes) for link in links)
+    buckets = itertools.chain.from_iterable(_cut(link, bucket_bytes) for link in links)
     return sorted(buckets, key=lambda bucket: (bucket.number, bucket.link.order))
 
 
-def _cut(link: Link, itemsize: int, bucket_bytes: int) -> Iterator[Bucket]:
+def _cut(link: Link, bucket_bytes: int) -> Iterator[Bucket]:
     """Fill buckets with rows, in the order of the pieces."""
     number = tag = filled = 0
     blocks: list[Block] = []
     for piece in link.pieces:
-        row_bytes = math.prod(piece.shape[1:]) * itemsize
+        row_bytes = math.prod(piece.shape[1:]) * piece.itemsize
         row = 0
         while row < piece.shape[0]:
             room = bucket_bytes - filled - _CHECKSUM_BYTES * (len(blocks) + 2)
@@ -149,7 +166,7 @@ def _cut(link: Link, itemsize: int, bucket_bytes: int) -> Iterator[Bucket]:
                 row += rows
                 filled += _whole_words(rows * row_bytes)
             elif blocks:
-                bucket = _close(link, number, tag, blocks, itemsize)
+                bucket = _close(link, number, tag, blocks)
                 yield bucket
                 number, tag, filled, blocks = number + 1, tag + len(bucket.alone) + 1, 0, []
             else:
@@ -158,12 +175,12 @@ def _cut(link: Link, itemsize: int, bucket_bytes: int) -> Iterator[Bucket]:
                     f" {bucket_bytes}"
                 )
     if blocks:
-        yield _close(link, number, tag, blocks, itemsize)
+        yield _close(link, number, tag, blocks)
 
 
-def _close(link: Link, number: int, tag: int, blocks: Sequence[Block], itemsize: int) -> Bucket:
+def _close(link: Link, number: int, tag: int, blocks: Sequence[Block]) -> Bucket:
     """Give every block its place: those that travel alone, then the others, then the checksums."""
-    large = [block.num_bytes(itemsize) >= ALONE_BYTES for block in blocks]
+    large = [block.num_bytes >= ALONE_BYTES for block in blocks]
     at = 0
     placed: dict[bool, list[Block]] = {True: [], False: []}
     packed_at = 0
@@ -172,8 +189,8 @@ def _close(link: Link, number: int, tag: int, blocks: Sequence[Block], itemsize:
         for block, is_large in zip(blocks, large, strict=True):
             if is_large is alone:
                 placed[alone].append(replace(block, offset=at))
-                at += _whole_words(block.num_bytes(itemsize))
-    payload_bytes = sum(block.num_bytes(itemsize) for block in blocks)
+                at += _whole_words(block.num_bytes)
+    payload_bytes = sum(block.num_bytes for block in blocks)
     return Bucket(link, number, tag, tuple(placed[True]), tuple(placed[False]), packed_at, at, payload_bytes)
 
 
@@ -199,11 +216,22 @@ def checksum(block: torch.Tensor) -> torch.Tensor:
     return block.view(_WORDS[8 if wide else block.itemsize]).sum(dtype=torch.int64)
 
 
-def checksums(bucket: Bucket, parameter: Callable[[str], torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
+def copy(block: Block, values: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """Convert values that are the same number in either dtype, but for its rounding."""
+    return target.copy_(values)
+
+
+def checksums(
+    bucket: Bucket, parameter: Callable[[str], torch.Tensor], convert: Convert = copy
+) -> torch.Tensor:
     """Checksums of a bucket's blocks, [blocks], as they are in the parameters and converted to what travels."""
-    return torch.stack(
-        [checksum(block.of(parameter(block.piece.param)).to(dtype)) for block in bucket.blocks]
-    )
+    taken = []
+    for block in bucket.blocks:
+        values, dtype = block.of(parameter(block.piece.param)), dtype_named(block.piece.dtype)
+        if values.dtype != dtype:
+            values = convert(block, values, torch.empty(block.shape, dtype=dtype, device=values.device))
+        taken.append(checksum(values))
+    return torch.stack(taken)
 
 
 class Staging:
@@ -215,17 +243,19 @@ class Staging:
         buckets: Sequence[Bucket],
         device: torch.device,
         parameter: Callable[[str], torch.Tensor],
+        convert: Convert = copy,
     ) -> None:
         """Allocate.
 
         Args:
-            group: what travels, and how.
+            group: how the buckets travel.
             buckets: of this rank.
             device: of its parameters.
             parameter: returns one of them by name.
+            convert: makes of a parameter's values what travels, where that has another dtype.
         """
         self._parameter = parameter
-        self._dtype: torch.dtype = getattr(torch, group.dtype)
+        self._convert = convert
         self._checksums = group.checksums
         size = max((bucket.num_bytes for bucket in buckets), default=0)
         on_host = group.backend == "gloo"
@@ -255,7 +285,7 @@ class Staging:
         for block in bucket.blocks:
             value = block.of(self._parameter(block.piece.param))
             if not self._needs_no_copy(block, bucket, value):
-                value = block.staged(buffer, self._dtype).copy_(value)
+                value = self._convert(block, value, block.staged(buffer))
             values.append(value)
         if self._checksums:
             taken = torch.stack([checksum(value) for value in values]) if sums is None else sums
@@ -269,7 +299,7 @@ class Staging:
         for block in bucket.alone:
             target = block.of(self._parameter(block.piece.param))
             staged = not self._needs_no_copy(block, bucket, target)
-            messages.append(block.staged(buffer, self._dtype) if staged else target)
+            messages.append(block.staged(buffer) if staged else target)
         return [*messages, buffer[bucket.packed_at : bucket.num_bytes]]
 
     def write(self, index: int, bucket: Bucket) -> torch.Tensor | None:
@@ -282,7 +312,7 @@ class Staging:
         targets = [block.of(self._parameter(block.piece.param)) for block in bucket.blocks]
         for block, target in zip(bucket.blocks, targets, strict=True):
             if not self._needs_no_copy(block, bucket, target):
-                target.copy_(block.staged(buffer, self._dtype))
+                target.copy_(block.staged(buffer))
         if not self._checksums:
             return None
         written = torch.stack([checksum(target) for target in targets])
@@ -292,7 +322,7 @@ class Staging:
         """Whether this part of a parameter is itself a message of the bucket."""
         return (
             block.offset < bucket.packed_at
-            and value.dtype == self._dtype
+            and value.dtype == dtype_named(block.piece.dtype)
             and value.is_contiguous()
             and value.device == self._buffers[0].device
         )
@@ -300,6 +330,11 @@ class Staging:
 
 def _sums(buffer: torch.Tensor, bucket: Bucket) -> torch.Tensor:
     return buffer[bucket.checksums_at : bucket.num_bytes].view(torch.int64)
+
+
+def _as_known(message: torch.Tensor) -> torch.Tensor:
+    """The same bytes in a dtype that every version of NCCL and gloo has; FP8 is none."""
+    return message.view(torch.uint8) if message.itemsize == 1 else message
 
 
 class InFlight:
@@ -326,7 +361,8 @@ class InFlight:
         self._peer = peer
         self._bucket = bucket
         self._works = [
-            move([message], peer, bucket.first_tag + position) for position, message in enumerate(messages)
+            move([_as_known(message)], peer, bucket.first_tag + position)
+            for position, message in enumerate(messages)
         ]
 
     def wait(self) -> None:

@@ -21,7 +21,13 @@ from megatron_ztrl.config.schema import Config
 from megatron_ztrl.engines import interruption
 from megatron_ztrl.engines.client import EngineClient, EngineError
 from megatron_ztrl.engines.parameters import engine_slices
-from megatron_ztrl.weights.hf_mapping import Architecture, hf_tensor_shapes
+from megatron_ztrl.weights.fp8_blocks import check_fp8_blocks, with_scales
+from megatron_ztrl.weights.hf_mapping import (
+    Architecture,
+    ParallelLayout,
+    hf_tensor_shapes,
+    megatron_slices,
+)
 from megatron_ztrl.weights.transports import Network, Transport
 from megatron_ztrl.weights.transports.broadcast import BroadcastingWorld, BroadcastTransport
 from megatron_ztrl.weights.transports.disk import DiskTransport, ExportingWorld
@@ -30,6 +36,8 @@ from megatron_ztrl.weights.verify import PublishError, canary_tokens, check_cana
 
 MAX_LOGPROB_GAP = {"float32": 1e-4, "bfloat16": 0.1}
 """Nats. What two implementations of one policy may differ by on the canary, where the config does not say."""
+MAX_FP8_LOGPROB_GAP = 2.0
+"""The same, where the engine's linear layers are in FP8 and the trainer's are not: two policies that are alike."""
 
 
 class ActorWorld(SendingWorld, BroadcastingWorld, ExportingWorld, Protocol):
@@ -85,7 +93,7 @@ class WeightPublisher:
         """Describe both ends.
 
         Args:
-            config: reads ``model``, ``engine.tensor_parallel_size`` and ``publish``.
+            config: reads ``model``, ``engine.path``, ``engine.tensor_parallel_size`` and ``publish``.
             actor: the trainer.
             engines: one client for each server.
             address: of this host, as trainer ranks and engines reach it.
@@ -99,10 +107,10 @@ class WeightPublisher:
         self._actor = actor
         self._engines = list(engines)
         hf_config = _read_hf_config(config.model.path)
-        _refuse_quantised(config, hf_config)
+        self._fp8_blocks = _holds_fp8_blocks(config, hf_config)
         self._canary = canary_tokens(hf_config["vocab_size"])
         network = Network(address=address, backend=backend, timeout_seconds=timeout_seconds)
-        self._transport = _make_transport(config, actor, hf_config, network)
+        self._transport = _make_transport(config, actor, hf_config, network, fp8_blocks=self._fp8_blocks)
 
     async def close(self) -> None:
         """Give up what is kept between publishes."""
@@ -154,7 +162,8 @@ class WeightPublisher:
         self._forget(fleet.lost)
         if not fleet.alive:
             raise fleet.error(report.version, *fleet.lost.values())
-        max_gap = self._config.publish.max_logprob_gap or MAX_LOGPROB_GAP[self._config.model.dtype]
+        usual_gap = MAX_FP8_LOGPROB_GAP if self._fp8_blocks else MAX_LOGPROB_GAP[self._config.model.dtype]
+        max_gap = self._config.publish.max_logprob_gap or usual_gap
         gaps = [
             check_canary(
                 trainer, logprobs, self._canary, max_gap=max_gap, version=report.version, engine=engine.url
@@ -212,9 +221,17 @@ def check_engines(config: Config) -> None:
         ValueError: one line with the config path and the fix.
     """
     hf_config = _read_hf_config(config.model.path)
-    _refuse_quantised(config, hf_config)
+    fp8_blocks = _holds_fp8_blocks(config, hf_config)
     if config.publish.transport == "shards":
-        engine_slices(hf_config, config.engine.tensor_parallel_size, 0)
+        held = engine_slices(hf_config, config.engine.tensor_parallel_size, 0)
+        if fp8_blocks:
+            architecture = Architecture.from_hf_config(hf_config)
+            shapes = hf_tensor_shapes(architecture)
+            with_scales(held, shapes, "engine rank 0", "engine.tensor_parallel_size")
+            # Of a trainer's layout, only this size cuts tensors.
+            layout = ParallelLayout(tensor_size=config.actor.tensor_parallel_size)
+            held = megatron_slices(architecture, layout, 0, backend="local")
+            with_scales(held, shapes, "trainer rank 0", "actor.tensor_parallel_size")
 
 
 async def _close(engine: EngineClient) -> None:
@@ -271,7 +288,7 @@ def _read_hf_config(model_path: str) -> dict[str, Any]:
 
 
 def _make_transport(
-    config: Config, actor: ActorWorld, hf_config: Mapping[str, Any], network: Network
+    config: Config, actor: ActorWorld, hf_config: Mapping[str, Any], network: Network, *, fp8_blocks: bool
 ) -> Transport:
     if config.publish.transport == "disk":
         return DiskTransport(actor, Path(config.run.directory).resolve() / "publish")
@@ -280,19 +297,41 @@ def _make_transport(
         return BroadcastTransport(config, actor, shapes, network)
     size = config.engine.tensor_parallel_size
     engine_ranks = [engine_slices(hf_config, size, rank) for rank in range(size)]
-    return ShardTransport(config, actor, engine_ranks, shapes, network)
+    return ShardTransport(config, actor, engine_ranks, shapes, network, fp8_blocks=fp8_blocks)
 
 
-def _refuse_quantised(config: Config, hf_config: Mapping[str, Any]) -> None:
-    given = config.sglang.server_args.get("quantization")
-    if given or "quantization_config" in hf_config:
-        where = (
-            "sglang.server_args.quantization" if given else "model.path: quantization_config in config.json"
-        )
+def _holds_fp8_blocks(config: Config, hf_config: Mapping[str, Any]) -> bool:
+    """Whether the engines hold their linear layers in block-wise FP8.
+
+    Raises:
+        ValueError: they cannot be published to.
+    """
+    if config.sglang.server_args.get("quantization"):
         raise ValueError(
-            f"{where}: weights are published slice by slice, and a slice of a quantised weight needs the scales of"
-            " blocks that it cuts; serve the policy in bfloat16"
+            "sglang.server_args.quantization: SGLang would quantise what it loads, and nothing that is published; leave"
+            " it out, and let engine.path name a checkpoint in block-wise FP8 (docs/checkpoints.md)"
         )
+    if hf_config.get("quantization_config"):
+        raise ValueError(
+            "model.path: quantization_config in config.json: the trainer starts from ordinary weights; let engine.path"
+            " name the quantised checkpoint"
+        )
+    if config.engine.path is None:
+        return False
+    engine_config = _read_hf_config(config.engine.path)
+    if Architecture.from_hf_config(engine_config) != Architecture.from_hf_config(hf_config):
+        raise ValueError(f"engine.path: {config.engine.path} is of another model than model.path")
+    check_fp8_blocks(engine_config, "engine.path")
+    if config.model.dtype != "bfloat16":
+        raise ValueError(
+            "model.dtype: with FP8 engines (engine.path), everything else is in bfloat16; set it to that"
+        )
+    if config.publish.transport != "shards":
+        raise ValueError(
+            f"publish.transport: {config.publish.transport} brings no FP8 weights to the engines of engine.path; set it"
+            " to shards"
+        )
+    return True
 
 
 def _first(errors: BaseExceptionGroup[BaseException]) -> BaseException:

@@ -56,26 +56,31 @@ class PublishPlan:
         """Members of the weight group: senders, then the ranks of engine 0, 1, and so on."""
         return self.num_senders + self.ranks_per_engine * sum(map(len, self.chains))
 
-    def sender_links(self) -> list[list[Link]]:
-        """Per trainer rank, what it sends to whom."""
+    def sender_links(self, dtypes: Mapping[str, str]) -> list[list[Link]]:
+        """Per trainer rank, what it sends to whom; ``dtypes`` is what each tensor travels as."""
         links: list[list[Link]] = [[] for _ in range(self.num_senders)]
         for order, ((source, target), items) in enumerate(self._streams()):
             chain, rank = divmod(target, self.ranks_per_engine)
-            pieces = tuple(Piece(t.tensor, t.source_param, t.dim, t.source_start, t.shape) for t in items)
+            pieces = tuple(
+                Piece(t.tensor, t.source_param, t.dim, t.source_start, t.shape, dtypes[t.tensor])
+                for t in items
+            )
             links[source].append(Link(order, self.group_rank(self.chains[chain][0], rank), None, pieces))
         return links
 
-    def receiver_links(self) -> list[list[list[Link]]]:
-        """Per engine and rank of it, what it receives from whom, and sends on to whom."""
+    def receiver_links(self, dtypes: Mapping[str, str]) -> list[list[list[Link]]]:
+        """Per engine and rank of it, what it receives from whom, and sends on to whom; see ``sender_links``."""
         links: list[list[list[Link]]] = [
             [[] for _ in range(self.ranks_per_engine)] for _ in range(sum(map(len, self.chains)))
         ]
         for order, ((source, target), items) in enumerate(self._streams()):
             chain, rank = divmod(target, self.ranks_per_engine)
-            pieces = tuple(Piece(t.tensor, t.target_param, t.dim, t.target_start, t.shape) for t in items)
-            engines = self.chains[chain]
-            peers = [source, *(self.group_rank(engine, rank) for engine in engines)]
-            for place, engine in enumerate(engines):
+            pieces = tuple(
+                Piece(t.tensor, t.target_param, t.dim, t.target_start, t.shape, dtypes[t.tensor])
+                for t in items
+            )
+            peers = self._path(source, target)
+            for place, engine in enumerate(self.chains[chain]):
                 forward_to = peers[place + 2] if place + 2 < len(peers) else None
                 links[engine][rank].append(Link(order, peers[place], forward_to, pieces))
         return links
@@ -87,12 +92,15 @@ class PublishPlan:
     def link_elements(self) -> dict[tuple[int, int], int]:
         """Elements that each (from, to) pair of group ranks moves in one publish."""
         elements: Counter[tuple[int, int]] = Counter()
-        for engine, ranks in enumerate(self.receiver_links()):
-            for rank, links in enumerate(ranks):
-                for link in links:
-                    pair = (link.peer, self.group_rank(engine, rank))
-                    elements[pair] += sum(math.prod(piece.shape) for piece in link.pieces)
+        for (source, target), items in self._streams():
+            for pair in pairwise(self._path(source, target)):
+                elements[pair] += sum(item.elements for item in items)
         return elements
+
+    def _path(self, source: int, target: int) -> list[int]:
+        """Group ranks that a stream goes through: its sender, and one rank of every engine of the chain."""
+        chain, rank = divmod(target, self.ranks_per_engine)
+        return [source, *(self.group_rank(engine, rank) for engine in self.chains[chain])]
 
     def _streams(self) -> list[tuple[tuple[int, int], list[Transfer]]]:
         """Transfers by pair, in the order that all ranks follow.

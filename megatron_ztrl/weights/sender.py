@@ -10,6 +10,7 @@ import torch
 
 from megatron_ztrl.engines.weight_group import Channel, Member, Refused, WeightGroup
 from megatron_ztrl.engines.weight_stream import Bucket, InFlight, Link, Staging, checksums, schedule
+from megatron_ztrl.weights.fp8_blocks import QuantisingSource
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -38,10 +39,14 @@ class TrainerEnd:
 class WeightSender(TrainerEnd):
     """One trainer rank's end of ``ShardTransport``."""
 
-    _member: Member | None = None
-    _buckets: Sequence[Bucket] = ()
-    _sums: Sequence[torch.Tensor | None] = ()
-    """Checksums by bucket, where they have been taken."""
+    def __init__(self, parameter: Callable[[str], torch.Tensor], rank: int) -> None:
+        """See ``TrainerEnd``."""
+        super().__init__(parameter, rank)
+        self._member: Member | None = None
+        self._buckets: Sequence[Bucket] = ()
+        self._sums: Sequence[torch.Tensor | None] = ()
+        """Checksums by bucket, where they have been taken."""
+        self._source = QuantisingSource(parameter)
 
     def join(self, group: WeightGroup, links: Sequence[Link]) -> None:
         """Enter the group and remember what this rank sends; an earlier group is left.
@@ -51,22 +56,24 @@ class WeightSender(TrainerEnd):
             RuntimeError: not everybody came within the time-out.
         """
         self._member = None
-        self._buckets = schedule(links, getattr(torch, group.dtype), group.bucket_bytes)
+        self._buckets = schedule(links, group.bucket_bytes)
         self._sums = [None] * len(self._buckets)
         for piece in (piece for link in links for piece in link.pieces):
-            piece.of(self._parameter(piece.param))
+            piece.of(self._source.parameter(piece.param))
+        self._source.forget()
         with contextlib.suppress(Refused):  # ``send`` will say that there is no group
             self._member = Member(group, self._rank)
 
     @torch.no_grad()
     def prepare(self) -> None:
-        """Take the checksums of what ``send`` sends next, while the engines stop.
+        """Take the checksums, and the scales, of what ``send`` sends next, while the engines stop.
 
         It may be left out, and the weights must not change in between. Does nothing outside a group.
         """
+        self._source.forget()
         if self._member is not None and self._member.group.checksums:
-            dtype = getattr(torch, self._member.group.dtype)
-            self._sums = [checksums(bucket, self._parameter, dtype) for bucket in self._buckets]
+            source = self._source
+            self._sums = [checksums(bucket, source.parameter, source.convert) for bucket in self._buckets]
 
     @torch.no_grad()
     def send(self, publish: int) -> SendReport:
@@ -86,11 +93,13 @@ class WeightSender(TrainerEnd):
         except RuntimeError as error:  # Refused among them
             self._member = None
             return SendReport(sent_bytes=0, broken=f"trainer rank {self._rank}: {error}")
+        finally:
+            self._source.forget()
 
     def _send(self, channel: Channel, group: WeightGroup, sums: Sequence[torch.Tensor | None]) -> int:
         if not self._buckets:
             return 0
-        staging = Staging(group, self._buckets, self._device(), self._parameter)
+        staging = Staging(group, self._buckets, self._device(), self._source.parameter, self._source.convert)
         in_flight: list[InFlight] = []
         for index, (bucket, taken) in enumerate(zip(self._buckets, sums, strict=True)):
             if len(in_flight) == 2:
@@ -104,4 +113,4 @@ class WeightSender(TrainerEnd):
         return sum(bucket.payload_bytes for bucket in self._buckets)
 
     def _device(self) -> torch.device:
-        return self._parameter(self._buckets[0].blocks[0].piece.param).device
+        return self._source.parameter(self._buckets[0].blocks[0].piece.param).device

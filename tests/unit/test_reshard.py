@@ -9,6 +9,7 @@ from megatron_ztrl.types import TensorSlice
 from megatron_ztrl.weights.hf_mapping import Architecture, ParallelLayout, hf_tensor_shapes, megatron_slices
 from megatron_ztrl.weights.reshard import Transfer, plan
 
+FLOAT32 = {"w": "float32", "v": "float32"}
 CONFIG = HF_CONFIG | {
     "vocab_size": 294,
     "hidden_size": 16,
@@ -117,7 +118,7 @@ def test_engines_of_a_chain_hand_on_to_their_neighbour_what_they_receive():
     ]
     published = plan(senders, engine_ranks, 3, shapes)
     assert published.world_size == 8  # trainer 0 and 1, then engines (2, 3), (4, 5), (6, 7)
-    received = published.receiver_links()
+    received = published.receiver_links(FLOAT32)
     assert [[(link.peer, link.forward_to) for link in engine[1]] for engine in received] == [
         [(1, 5), (0, 5)],
         [(3, 7), (3, 7)],
@@ -126,7 +127,7 @@ def test_engines_of_a_chain_hand_on_to_their_neighbour_what_they_receive():
     for engine in received[1:]:  # the same blocks in the same order as the first
         for links, first in zip(engine, received[0], strict=True):
             assert [(link.order, link.pieces) for link in links] == [(x.order, x.pieces) for x in first]
-    sent = published.sender_links()
+    sent = published.sender_links(FLOAT32)
     assert [[link.peer for link in links] for links in sent] == [[2, 3], [3, 2]]
     # Every link carries 2 rows of 10, the trainer's and the engines' alike.
     pairs = {(0, 2), (0, 3), (1, 2), (1, 3), (2, 4), (3, 5), (4, 6), (5, 7)}
@@ -141,10 +142,14 @@ def test_both_ends_of_every_stream_agree_on_its_place_among_all():
     senders = [[rows("a", "w", 0, 3 * i, 3)] for i in range(4)]
     engine_ranks = [[rows("p", "w", 0, 4 * i, 4)] for i in range(3)]
     published = plan(senders, engine_ranks, 1, shapes)
-    out = {(s, link.peer): link.order for s, links in enumerate(published.sender_links()) for link in links}
+    out = {
+        (s, link.peer): link.order
+        for s, links in enumerate(published.sender_links(FLOAT32))
+        for link in links
+    }
     into = {
         (link.peer, published.group_rank(0, rank)): link.order
-        for rank, links in enumerate(published.receiver_links()[0])
+        for rank, links in enumerate(published.receiver_links(FLOAT32)[0])
         for link in links
     }
     assert out == into

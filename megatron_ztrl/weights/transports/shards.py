@@ -7,7 +7,6 @@ import json
 from collections.abc import Coroutine, Mapping, Sequence
 from typing import Any, Protocol
 
-import torch
 import torch.distributed as dist
 
 from megatron_ztrl.config.schema import Config
@@ -17,6 +16,7 @@ from megatron_ztrl.engines.weight_group import FORMING, WeightGroup, close_gate,
 from megatron_ztrl.engines.weight_receiver import commit_message, receive_message
 from megatron_ztrl.engines.weight_stream import Link, Piece, schedule
 from megatron_ztrl.types import TensorSlice
+from megatron_ztrl.weights.fp8_blocks import travelling_dtypes, with_scale_shapes, with_scales
 from megatron_ztrl.weights.reshard import PublishPlan, plan
 from megatron_ztrl.weights.sender import SendReport
 from megatron_ztrl.weights.transports import Delivery, Network, TrainerDied
@@ -50,9 +50,10 @@ class ShardTransport:
         engine_ranks: per tensor-parallel rank of an engine, what it needs.
         shapes: of the Hugging Face tensors.
         network: between them; the driver keeps the meeting point.
+        fp8_blocks: the engines hold linear weights in block-wise FP8.
 
     Raises:
-        ValueError: ``publish.bucket_bytes`` is too small for this model.
+        ValueError: ``publish.bucket_bytes`` is too small for this model, or an engine's slice cuts FP8 blocks.
     """
 
     def __init__(
@@ -62,9 +63,20 @@ class ShardTransport:
         engine_ranks: Sequence[list[TensorSlice]],
         shapes: Mapping[str, tuple[int, ...]],
         network: Network,
+        *,
+        fp8_blocks: bool = False,
     ) -> None:
         self._config = config
         self._actor = actor
+        self._fp8_blocks = fp8_blocks
+        self._dtypes = dict.fromkeys(shapes, str(config.model.dtype))
+        if fp8_blocks:
+            engine_ranks = [
+                with_scales(slices, shapes, f"engine rank {rank}", "engine.tensor_parallel_size")
+                for rank, slices in enumerate(engine_ranks)
+            ]
+            shapes = with_scale_shapes(shapes)
+            self._dtypes = travelling_dtypes(shapes, config.model.dtype)
         self._engine_ranks = engine_ranks
         self._shapes = shapes
         self._network = network
@@ -72,8 +84,8 @@ class ShardTransport:
         self._generation = 0
         self._joined: _Joined | None = None
         for slices in engine_ranks:  # as both ends will, who could not say so as clearly
-            link = Link(0, 0, None, tuple(_piece(item, shapes[item.tensor]) for item in slices))
-            schedule([link], getattr(torch, config.model.dtype), config.publish.bucket_bytes)
+            link = Link(0, 0, None, tuple(self._piece(item) for item in slices))
+            schedule([link], config.publish.bucket_bytes)
 
     async def close(self) -> None:
         """Give up the meeting point; the group's members stay connected to each other."""
@@ -108,10 +120,9 @@ class ShardTransport:
         """One run of both ends. Any failure ends the group's membership."""
         joined, invitations = self._joined, None
         if joined is None or joined.engines != list(engines):
-            held = await self._actor.parameter_slices()
-            published = plan(held, self._engine_ranks, len(engines), self._shapes)
+            published = plan(await self._held(), self._engine_ranks, len(engines), self._shapes)
             joined = _Joined(self._new_group(published), published, list(engines))
-            invitations = published.receiver_links()
+            invitations = published.receiver_links(self._dtypes)
         self._joined = None
         attempt = _Attempt(
             joined, joined.publishes, dist.PrefixStore(joined.group.name, self._meeting_point())
@@ -131,9 +142,25 @@ class ShardTransport:
             self._joined = joined
         return attempt
 
+    async def _held(self) -> list[list[TensorSlice]]:
+        """What each trainer rank holds, or can make of what it holds."""
+        held = await self._actor.parameter_slices()
+        if not self._fp8_blocks:
+            return held
+        setting = "actor.tensor_parallel_size"
+        return [
+            with_scales(slices, self._shapes, f"trainer rank {rank}", setting)
+            for rank, slices in enumerate(held)
+        ]
+
+    def _piece(self, item: TensorSlice) -> Piece:
+        shape = self._shapes[item.tensor]
+        block = (*shape[: item.dim], item.length, *shape[item.dim + 1 :])
+        return Piece(item.tensor, item.param, item.dim, item.start, block, self._dtypes[item.tensor])
+
     async def _send(self, joined: _Joined, publish: int, *, join: bool) -> list[SendReport]:
         if join:
-            await self._actor.join_weight_group(joined.group, joined.plan.sender_links())
+            await self._actor.join_weight_group(joined.group, joined.plan.sender_links(self._dtypes))
         return await self._actor.send_weights(publish)
 
     def _messages(
@@ -171,7 +198,6 @@ class ShardTransport:
             port=self._meeting_point().port,
             world_size=published.world_size,
             backend=self._network.backend,
-            dtype=self._config.model.dtype,
             bucket_bytes=self._config.publish.bucket_bytes,
             checksums=self._config.publish.checksums,
             timeout_seconds=self._network.timeout_seconds,
@@ -289,11 +315,6 @@ class _Attempt:
         )
         if not any(report.get("begun") for report in reports):
             self.untouched.add(engine)
-
-
-def _piece(item: TensorSlice, shape: tuple[int, ...]) -> Piece:
-    block = (*shape[: item.dim], item.length, *shape[item.dim + 1 :])
-    return Piece(item.tensor, item.param, item.dim, item.start, block)
 
 
 def _problem(task: asyncio.Task[Any]) -> str | None:
