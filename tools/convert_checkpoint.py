@@ -3,6 +3,7 @@
 
     python tools/convert_checkpoint.py hf-to-megatron HF_DIR OUT --tp 2 --pp 2
     python tools/convert_checkpoint.py megatron-to-hf runs/demo/checkpoints/step_000200/actor OUT
+    python tools/convert_checkpoint.py hf-to-fp8 HF_DIR OUT         # what engines in FP8 start from (engine.path)
 
 It streams: memory holds about one shard. docs/checkpoints.md says what is checked. Exit codes: 0 done, 1 the result
 was not what was read (a bug or a bad disk), 2 the input does not fit, 130 interrupted. OUT is complete or absent.
@@ -34,6 +35,7 @@ from rich.text import Text
 from megatron_ztrl.observability.console import open_console, print_whole
 from megatron_ztrl.weights.convert import Conversion, check_target, hf_to_megatron, megatron_to_hf
 from megatron_ztrl.weights.describe import Field, shown
+from megatron_ztrl.weights.fp8_checkpoint import hf_to_fp8
 from megatron_ztrl.weights.hf_mapping import ParallelLayout
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -61,6 +63,10 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _run(options: argparse.Namespace, console: Console) -> None:
     check_target(options.target)
+    if options.direction == "hf-to-fp8":
+        hf_to_fp8(options.source, options.target)
+        console.print(f"quantised: {options.target}", soft_wrap=True)
+        return
     dtype = DTYPES[options.dtype] if options.dtype else None
     if options.direction == "hf-to-megatron":
         layout = ParallelLayout(tensor_size=options.tp, pipeline_size=options.pp, virtual_size=options.vp)
@@ -142,6 +148,9 @@ def _parser() -> argparse.ArgumentParser:
         metavar="HF_DIR",
         help="where config.json and the tokenizer come from (default: what CKPT was made from)",
     )
+    to_fp8 = directions.add_parser("hf-to-fp8", help="linear layers in block-wise FP8, for engine.path")
+    to_fp8.add_argument("source", type=Path, metavar="HF_DIR")
+    to_fp8.add_argument("target", type=Path, metavar="OUT", help="directory to make")
     for direction in (to_megatron, to_hf):
         direction.add_argument("target", type=Path, metavar="OUT", help="directory to make")
         direction.add_argument("--dtype", choices=DTYPES, help="of the result (default: as it is)")

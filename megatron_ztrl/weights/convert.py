@@ -106,7 +106,7 @@ class Conversion:
                 self._verify(self.open_result(partial), lambda count: advance("verifying", count))
 
     def _verify(self, result: Reader, advance: Advance) -> None:
-        blocks = list(_blocks(hf_tensor_shapes(self.architecture), self.dtype))
+        blocks = list(row_blocks(hf_tensor_shapes(self.architecture), self.dtype))
         with read_ahead(self.source, blocks) as source, read_ahead(result, blocks) as written:
             for block, expected, found in zip(blocks, source, written, strict=True):
                 if not _bitwise_equal(found, expected.to(self.dtype)):
@@ -130,7 +130,7 @@ def hf_to_megatron(
     Raises:
         ValueError: the checkpoint is damaged or not supported, or cannot be cut like this.
     """
-    architecture = _read_architecture(source)
+    architecture = read_hf_architecture(source)
     check_layout(architecture, layout, LayoutKeys(tensor="--tp", pipeline="--pp", virtual="--vp"))
     reader = HFCheckpointReader(source, setting="HF_DIR")
     _agree(
@@ -141,7 +141,7 @@ def hf_to_megatron(
         },
         show,
     )
-    _check_hf_tensors(reader, architecture)
+    check_hf_tensors(reader, architecture)
     chosen = dtype or _only({reader.dtype(name) for name in hf_tensor_shapes(architecture)})
 
     def write(directory: Path, advance: Advance) -> None:
@@ -181,11 +181,11 @@ def megatron_to_hf(
     columns: dict[str, Description] = {"tensors": tensors}
     for name, directory in (("recorded", recorded), ("--like", like)):
         if directory is not None:
-            side = _with_head(_read_architecture(directory), tensors["head"])
+            side = _with_head(read_hf_architecture(directory), tensors["head"])
             padded = side.padded_vocab_size(stored.parts(EMBEDDING, 0))
             columns[name] = describe_architecture(side) | {"padded vocabulary": padded}
     _agree(columns, show)
-    architecture = _with_head(_read_architecture(template), tensors["head"])
+    architecture = _with_head(read_hf_architecture(template), tensors["head"])
     _check_padding(stored, architecture)
     reader = DistCheckpointReader(stored, architecture)
     chosen = dtype or _only({stored.dtypes[key] for key in reader.keys})
@@ -193,7 +193,7 @@ def megatron_to_hf(
     def write(directory: Path, advance: Advance) -> None:
         shapes = hf_tensor_shapes(architecture)
         writer = HFCheckpointWriter(directory, shapes, chosen)
-        blocks = list(_blocks(shapes, chosen))
+        blocks = list(row_blocks(shapes, chosen))
         with read_ahead(reader, blocks) as tensors:
             for block, tensor in zip(blocks, tensors, strict=True):
                 writer.add(block.tensor, tensor.to(chosen))
@@ -258,7 +258,7 @@ def _agree(columns: dict[str, Description], show: ShowFields) -> None:
         raise ValueError(f"these do not fit each other: {'; '.join(wrong)}")
 
 
-def _read_architecture(directory: Path) -> Architecture:
+def read_hf_architecture(directory: Path) -> Architecture:
     path = directory / "config.json"
     try:
         return Architecture.from_hf_config(json.loads(path.read_text()))
@@ -294,7 +294,7 @@ def _recorded_source(checkpoint: Path) -> Path | None:
     return path if path is not None and (path / "config.json").is_file() else None
 
 
-def _check_hf_tensors(reader: HFCheckpointReader, architecture: Architecture) -> None:
+def check_hf_tensors(reader: HFCheckpointReader, architecture: Architecture) -> None:
     expected = hf_tensor_shapes(architecture)
     for name, shape in expected.items():
         if name not in reader.shapes:
@@ -306,7 +306,7 @@ def _check_hf_tensors(reader: HFCheckpointReader, architecture: Architecture) ->
             continue
         if name != TIED_COPY or shape != expected[EMBEDDING_TENSOR]:
             raise ValueError(f"HF_DIR: {name} is not a tensor of this architecture, and would be lost")
-        for block in _blocks({EMBEDDING_TENSOR: shape}, reader.dtype(EMBEDDING_TENSOR)):
+        for block in row_blocks({EMBEDDING_TENSOR: shape}, reader.dtype(EMBEDDING_TENSOR)):
             if not _bitwise_equal(reader.read(block), reader.read(replace(block, tensor=name))):
                 raise ValueError(f"HF_DIR: {name} differs from the embeddings, but config.json ties them")
 
@@ -335,7 +335,7 @@ def _only(dtypes: set[torch.dtype]) -> torch.dtype:
     return next(iter(dtypes))
 
 
-def _blocks(shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype) -> Iterator[TensorSlice]:
+def row_blocks(shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype) -> Iterator[TensorSlice]:
     """All tensors, in rows of at most ``BLOCK_BYTES``."""
     for name, shape in shapes.items():
         rows = max(1, BLOCK_BYTES // (math.prod(shape[1:]) * dtype.itemsize))

@@ -8,7 +8,7 @@ dimensions; so every slice has to end where blocks do.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -201,22 +201,3 @@ def quantised(weight_RC: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     target_RC = torch.empty_like(weight_RC, dtype=torch.float8_e4m3fn)
     quantise(weight_RC, scales.repeat_interleave(BLOCK, 0)[: len(weight_RC)], target_RC)
     return target_RC, scales
-
-
-def quantised_tensors(
-    tensors: Iterator[tuple[str, torch.Tensor]],
-) -> Iterator[tuple[str, torch.Tensor]]:
-    """The tensors of a checkpoint as an FP8 engine reads them, scales after their weights.
-
-    Raises:
-        ValueError: a weight has values that are not finite.
-    """
-    for name, tensor in tensors:
-        if not is_quantised(name):
-            yield name, tensor
-            continue
-        weight, scales = quantised(tensor)
-        if not bool(scales.isfinite().all()):
-            raise ValueError(f"{name}: it has values that are not finite, and cannot be quantised")
-        yield name, weight
-        yield name + SCALES, scales

@@ -147,14 +147,23 @@ class HFCheckpointWriter:
     Args:
         directory: made if missing.
         shapes: of all tensors, in the order in which they will be added.
-        dtype: of all tensors.
+        dtype: of the tensors, which config.json will say.
+        exceptions: dtypes of those tensors that have another.
     """
 
-    def __init__(self, directory: Path, shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        shapes: Mapping[str, tuple[int, ...]],
+        dtype: torch.dtype,
+        exceptions: Mapping[str, torch.dtype] | None = None,
+    ) -> None:
         directory.mkdir(parents=True, exist_ok=True)
         self._directory = directory
         self._dtype = dtype
-        self._files = _split_into_files(shapes, dtype)
+        self._dtypes = dict.fromkeys(shapes, dtype) | dict(exceptions or {})
+        self._sizes = {name: math.prod(shape) * self._dtypes[name].itemsize for name, shape in shapes.items()}
+        self._files = _split_into_files(shapes, self._sizes)
         self._first_of_file = {next(iter(tensors)): file for file, tensors in self._files.items()}
         self._expected = iter(shapes.items())
         self._name = ""
@@ -169,9 +178,9 @@ class HFCheckpointWriter:
             if self._name in self._first_of_file:
                 self._end_file()
                 file = self._first_of_file[self._name]
-                self._file = SafetensorsWriter(self._directory / file, self._files[file], self._dtype)
+                self._file = SafetensorsWriter(self._directory / file, self._files[file], self._dtypes)
         assert self._file is not None and name == self._name, f"{name} came where {self._name} was due"
-        assert block.dtype == self._dtype and block.shape[0] <= self._rows_left, (name, block.shape)
+        assert block.dtype == self._dtypes[name] and block.shape[0] <= self._rows_left, (name, block.shape)
         self._file.append(block)
         self._rows_left -= block.shape[0]
 
@@ -181,10 +190,7 @@ class HFCheckpointWriter:
         assert self._rows_left == 0 and next(self._expected, None) is None, f"{self._name} is not the last"
         if len(self._files) > 1:
             weight_map = {name: file for file, tensors in self._files.items() for name in tensors}
-            total = sum(
-                _bytes(shape, self._dtype) for file in self._files.values() for shape in file.values()
-            )
-            index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+            index = {"metadata": {"total_size": sum(self._sizes.values())}, "weight_map": weight_map}
             (self._directory / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n")
         config = json.loads((source / "config.json").read_text())
         dtype_key = "dtype" if "dtype" in config else "torch_dtype"
@@ -222,21 +228,17 @@ def copy_all_but_weights(source: Path, target: Path) -> None:
 
 
 def _split_into_files(
-    shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype
+    shapes: Mapping[str, tuple[int, ...]], sizes: Mapping[str, int]
 ) -> dict[str, dict[str, tuple[int, ...]]]:
     """The tensors of every file, in order."""
     parts: list[dict[str, tuple[int, ...]]] = []
     part_bytes = 0
     for name, shape in shapes.items():
-        if not parts or part_bytes + _bytes(shape, dtype) > MAX_FILE_BYTES:
+        if not parts or part_bytes + sizes[name] > MAX_FILE_BYTES:
             parts.append({})
             part_bytes = 0
         parts[-1][name] = shape
-        part_bytes += _bytes(shape, dtype)
+        part_bytes += sizes[name]
     if len(parts) == 1:
         return {SINGLE_NAME: parts[0]}
     return {f"model-{i:05d}-of-{len(parts):05d}.safetensors": part for i, part in enumerate(parts, start=1)}
-
-
-def _bytes(shape: tuple[int, ...], dtype: torch.dtype) -> int:
-    return math.prod(shape) * dtype.itemsize

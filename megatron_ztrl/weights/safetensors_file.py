@@ -16,7 +16,7 @@ import torch
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 """Dtypes that weights come in, by their names in the format."""
-_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_NAMES = {dtype: name for name, dtype in DTYPES.items()} | {torch.float8_e4m3fn: "F8_E4M3"}
 _LENGTH_BYTES = 8
 """The file starts with the length of its header."""
 _ALIGNMENT = 8
@@ -102,15 +102,21 @@ class SafetensorsWriter:
     Args:
         path: made, or overwritten.
         shapes: of every tensor, in the order in which the blocks will come.
-        dtype: of all tensors.
+        dtypes: of every tensor.
     """
 
-    def __init__(self, path: Path, shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype) -> None:
+    def __init__(
+        self, path: Path, shapes: Mapping[str, tuple[int, ...]], dtypes: Mapping[str, torch.dtype]
+    ) -> None:
         header: dict[str, object] = {"__metadata__": {"format": "pt"}}
         offset = 0
         for name, shape in shapes.items():
-            end = offset + math.prod(shape) * dtype.itemsize
-            header[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [offset, end]}
+            end = offset + math.prod(shape) * dtypes[name].itemsize
+            header[name] = {
+                "dtype": _NAMES[dtypes[name]],
+                "shape": list(shape),
+                "data_offsets": [offset, end],
+            }
             offset = end
         text = json.dumps(header, separators=(",", ":")).encode()
         text += b" " * (-len(text) % _ALIGNMENT)
