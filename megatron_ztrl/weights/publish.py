@@ -37,7 +37,7 @@ from megatron_ztrl.weights.verify import PublishError, canary_tokens, check_cana
 MAX_LOGPROB_GAP = {"float32": 1e-4, "bfloat16": 0.1}
 """Nats. What two implementations of one policy may differ by on the canary, where the config does not say."""
 MAX_FP8_LOGPROB_GAP = 2.0
-"""The same, where the engine's linear layers are in FP8 and the trainer's are not: two policies that are alike."""
+"""The same, where the engine's linear layers are in FP8 and the trainer's are not; measured in docs/gpu_checks.md."""
 
 
 class ActorWorld(SendingWorld, BroadcastingWorld, ExportingWorld, Protocol):
