@@ -14,6 +14,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from megatron_ztrl.engines.cpu_compat.mirror import Mirror, Step
+
 if TYPE_CHECKING:
     import torch
 
@@ -21,6 +23,8 @@ MAX_NEW_TOKENS = 256
 """A longer prompt goes through the stock loop: there the work is in the products, not in the loop."""
 MAX_SCORES = 1 << 19
 """Scores of one head that are computed together, padding included."""
+MIRRORED_SHARE = 4
+"""The mirror of running requests takes at most this part of the memory of SGLang's own cache: one in so many."""
 
 
 def register() -> None:
@@ -36,19 +40,30 @@ def _create(runner: Any) -> Any:
     import torch
     from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend
 
+    mirror = Mirror(runner.max_total_num_tokens // MIRRORED_SHARE)
+
     class BatchedTorchNativeBackend(TorchNativeAttnBackend):
-        """Plain causal self-attention, computed by ``attend``; anything else goes to the stock routines."""
+        """Plain causal self-attention: ``attend``, or ``Mirror`` for decoding; the rest goes to the stock routines."""
 
         _plan: list[Block] | None = None
+        _step: Step | None = None
 
         def init_forward_metadata(self, forward_batch: Any) -> None:
             super().init_forward_metadata(forward_batch)
-            self._plan = None  # the layers of one forward pass share it
+            self._plan = self._step = None  # the layers of one forward pass share it
+            if not forward_batch.forward_mode.is_decode():
+                mirror.forget(forward_batch.req_pool_indices.tolist())
 
         def _run_sdpa_forward_decode(self, *tensors: Any, **options: Any) -> torch.Tensor:
             query, output, k_cache, v_cache, req_to_token, rows, seq_lens, encoder_lens = tensors
             if encoder_lens is not None or options["sliding_window_size"] is not None:
                 return super()._run_sdpa_forward_decode(*tensors, **options)
+            # The mirror computes in the type of its operands, which must then be an exact one.
+            if self._plan is None and self._step is None and k_cache.dtype == query.dtype == torch.float32:
+                self._step = mirror.arrange(req_to_token, rows, seq_lens)
+            if self._step is not None:
+                mirror.attend(self._step, query, output, k_cache, v_cache, options["scaling"])
+                return output
             if self._plan is None:
                 self._plan = plan(req_to_token, rows, seq_lens, torch.ones_like(seq_lens))
             attend(self._plan, query, output, k_cache, v_cache, options["scaling"])
