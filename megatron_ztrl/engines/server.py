@@ -26,6 +26,8 @@ from megatron_ztrl.engines.tether import end_session, session_members
 
 WEIGHT_LOADER = "megatron_ztrl.engines.weight_receiver.load"
 """The custom weight loader (see that module)."""
+MODEL_PACKAGE = "megatron_ztrl.engines.sglang_models"
+"""Where a server looks for its model first, unless the environment names another package."""
 
 SCRATCH_PREFIX = "ztrl-engine-"
 """In the system's temporary directory; followed by the id of the process that started the engine."""
@@ -225,8 +227,10 @@ class EngineServer:
         tensor_parallel_size = self._config.engine.tensor_parallel_size
         paths = [str(Path(__file__).parents[2])]  # the server imports the weight loader
         variables = {
-            "SGLANG_TIMEOUT_KEEP_ALIVE": "600"
-        }  # longer than the client's, so no request meets a closing peer
+            # Longer than the client's, so no request meets a closing peer.
+            "SGLANG_TIMEOUT_KEEP_ALIVE": "600",
+            "SGLANG_EXTERNAL_MODEL_PACKAGE": os.environ.get("SGLANG_EXTERNAL_MODEL_PACKAGE", MODEL_PACKAGE),
+        }
         if self._device == "cpu":
             paths.append(str(cpu_compat.STANDINS))
             variables |= cpu_compat.environment(tensor_parallel_size)

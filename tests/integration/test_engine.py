@@ -217,6 +217,11 @@ def test_a_server_lists_what_its_processes_share_through_memory(server):
     assert set(listed) == set(re.findall("/dev/shm/.*", mapped))
 
 
+def test_a_server_imports_no_model_but_those_that_are_trained(server, run_directory):
+    """Some of the others cannot be imported on a CPU, and SGLang says so."""
+    assert "error when loading sglang.srt.models" not in (run_directory / "engine.log").read_text()
+
+
 def test_the_processes_of_a_server_are_forked_from_it(server):
     """The kernel puts a page of its own somewhere else in every program that is started, but not in a fork."""
     launcher = psutil.Process(server.pid)
