@@ -24,6 +24,8 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
+from megatron_ztrl.weights.verify import canary_tokens
+
 QUICKSTART = Path(__file__).parents[1] / "examples" / "quickstart"
 BLOCK = 128
 KINDS: dict[str, tuple[str, ...]] = {
@@ -61,7 +63,7 @@ def main() -> int:
     exact = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32)
     policy = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.bfloat16)
     sequences = sample(policy, tokenizer, prompts[: options.sequences], options.tokens)
-    rows = measure(policy, exact, sequences)
+    rows = measure(policy, exact, sequences) | measure_canary(policy)
     print_table(rows, options.model.name, sum(len(ids) - start for ids, start in sequences))
     if options.json:
         options.json.write_text(json.dumps(rows, indent=2) + "\n")
@@ -76,6 +78,21 @@ def measure(policy: Any, exact: Any, sequences: list[tuple[Tensor, int]]) -> dic
         with emulated_fp8(policy, kinds):
             rows[name] = difference(logprobs(policy, sequences), reference)
     return rows
+
+
+@torch.no_grad()
+def measure_canary(policy: Any) -> dict[str, dict[str, float]]:
+    """The same over the canary of a publish: with its layers in FP8 and, to compare, with each weight shuffled."""
+    canary = [(torch.tensor(canary_tokens(policy.config.vocab_size)), 1)]
+    reference = logprobs(policy, canary)
+    with emulated_fp8(policy, LAYERS):
+        rows = {"canary, all layers": difference(logprobs(policy, canary), reference)}
+    layers = {name for kind in LAYERS for name in KINDS[kind]}
+    for name, module in policy.named_modules():
+        if name.rpartition(".")[2] in layers:
+            values = module.weight.flatten()
+            module.weight.copy_(values[torch.randperm(len(values))].view_as(module.weight))
+    return rows | {"canary, shuffled": difference(logprobs(policy, canary), reference)}
 
 
 @torch.no_grad()

@@ -292,7 +292,7 @@ class PublishConfig(Section):
     verify_interval_steps: int = 1
     """How often the canary prompt's log-probs are compared; 0 never."""
     max_logprob_gap: float | None = None
-    """Nats, over the canary's tokens. None: 1e-4 in float32, which agrees to 1e-5, 0.1 in bfloat16, and 2 for FP8
+    """Nats, over the canary's tokens. None: 1e-4 in float32, which agrees to 1e-5, 0.1 in bfloat16, and 3 for FP8
     engines (``engine.path``), whose policy is another one."""
 
 

@@ -36,7 +36,7 @@ from megatron_ztrl.weights.verify import PublishError, canary_tokens, check_cana
 
 MAX_LOGPROB_GAP = {"float32": 1e-4, "bfloat16": 0.1}
 """Nats. What two implementations of one policy may differ by on the canary, where the config does not say."""
-MAX_FP8_LOGPROB_GAP = 2.0
+MAX_FP8_LOGPROB_GAP = 3.0
 """The same, where the engine's linear layers are in FP8 and the trainer's are not; measured in docs/gpu_checks.md."""
 
 

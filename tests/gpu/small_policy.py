@@ -32,22 +32,22 @@ TOKENS = 2048
 """Of a microbatch, and a multiple of what every FP8 recipe needs."""
 
 
-def save_policy(directory: Path) -> None:
-    """Four layers; heads of 64, and matrices whose sides are multiples of 128."""
-    model = make_qwen2(
-        noise=0.1,
-        vocab_size=VOCAB_SIZE,
-        hidden_size=512,
-        intermediate_size=1408,
-        num_hidden_layers=4,
-        num_attention_heads=8,
-        num_key_value_heads=2,
-        max_position_embeddings=2048,
-        tie_word_embeddings=False,
-        initializer_range=0.04,
-        eos_token_id=1,
-        pad_token_id=0,
-    )
+def save_policy(directory: Path, **changes: Any) -> None:
+    """Four layers; heads of 64, and matrices whose sides are multiples of 128; ``changes`` of the model's options."""
+    shapes: dict[str, Any] = {
+        "vocab_size": VOCAB_SIZE,
+        "hidden_size": 512,
+        "intermediate_size": 1408,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 2048,
+        "tie_word_embeddings": False,
+        "initializer_range": 0.04,
+        "eos_token_id": 1,
+        "pad_token_id": 0,
+    }
+    model = make_qwen2(noise=0.1, **(shapes | changes))
     model.save_pretrained(directory)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(QUICKSTART / "base" / name, directory)

@@ -74,8 +74,8 @@ async def gap_allowed(config, gap):
 
 
 async def test_the_canary_leaves_room_for_the_rounding_of_fp8_and_only_for_fp8_engines(config):
-    assert await gap_allowed(config, 1.9)
-    assert not await gap_allowed(config, 2.1)
+    assert await gap_allowed(config, 2.9)
+    assert not await gap_allowed(config, 3.1)
     assert not await gap_allowed(replace(config, publish=PublishConfig(max_logprob_gap=0.5)), 0.6)
     ordinary = replace(config, engine=EngineConfig())
     assert await gap_allowed(ordinary, 0.09)
