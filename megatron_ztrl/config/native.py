@@ -111,7 +111,7 @@ _OWNED_DDP: dict[str, str] = {
     ),
 }
 _OWNED_SERVER: dict[str, str] = {
-    "model_path": "set model.path, or engine.path for engines in FP8",
+    "model_path": "set model.path",
     "model": "set model.path",
     "tokenizer_path": "set model.path",
     "dtype": _DTYPE,
