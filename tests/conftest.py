@@ -30,8 +30,13 @@ CHANCES = 3
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)  # before pytest-xdist reads the groups
-def pytest_collection_modifyitems(items: list[pytest.Function]) -> Generator[None]:
-    """Says which tests need one and the same process, and puts them in order."""
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Function]) -> Generator[None]:
+    """Says which tests need one and the same process, and puts them in order.
+
+    Raises:
+        UsageError: the groups have no effect, as with a pytest that this pytest-xdist does not know: every process would
+            start ranks and engines of its own.
+    """
     for item in items:
         shared = [group for fixture, group in SESSIONS.items() if fixture in item.fixturenames]
         path = _path(item)
@@ -42,7 +47,11 @@ def pytest_collection_modifyitems(items: list[pytest.Function]) -> Generator[Non
     items.sort(
         key=lambda item: max(place for place, part in enumerate(ORDER) if _path(item).startswith(part))
     )
-    return (yield)
+    result = yield
+    grouped = (item for item in items if item.get_closest_marker("xdist_group"))
+    if config.getoption("loadgroup", False) and not all("@" in item.nodeid for item in grouped):
+        raise pytest.UsageError("pytest-xdist has not put its groups into the names of the tests")
+    return result
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)  # the wait is not part of the test's time
