@@ -34,8 +34,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Func
     """Says which tests need one and the same process, and puts them in order.
 
     Raises:
-        UsageError: the groups have no effect, as with a pytest that this pytest-xdist does not know: every process would
-            start ranks and engines of its own.
+        UsageError: the groups have no effect, as with a pytest that this pytest-xdist does not know: then every process
+            would start ranks and engines of its own.
     """
     for item in items:
         shared = [group for fixture, group in SESSIONS.items() if fixture in item.fixturenames]
