@@ -29,6 +29,14 @@ WEIGHT_LOADER = "megatron_ztrl.engines.weight_receiver.load"
 MODEL_PACKAGE = "megatron_ztrl.engines.sglang_models"
 """Where a server looks for its model first, unless the environment names another package."""
 
+FLAGS = {
+    "fp8_gemm_runner_backend": "--fp8-gemm-backend",
+    "fp4_gemm_runner_backend": "--fp4-gemm-backend",
+    "ep_join_mode": "--elastic-ep-join-mode",
+    "ep_join_rank_offset": "--elastic-ep-join-rank-offset",
+}
+"""Fields of SGLang's ``ServerArgs`` whose flags are not called as they are."""
+
 SCRATCH_PREFIX = "ztrl-engine-"
 """In the system's temporary directory; followed by the id of the process that started the engine."""
 LOG_TAIL_LINES = 30
@@ -277,7 +285,7 @@ def _command_line(arguments: Mapping[str, Any]) -> list[str]:
     for key, value in arguments.items():
         if value is None or value is False:
             continue
-        words.append("--" + key.replace("_", "-"))
+        words.append(FLAGS.get(key, "--" + key.replace("_", "-")))
         if isinstance(value, Mapping):
             words.append(json.dumps(value))
         elif isinstance(value, (list, tuple)):

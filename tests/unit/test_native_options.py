@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.util
 import sys
 
@@ -19,6 +20,7 @@ from megatron_ztrl.config.schema import (
     SGLangConfig,
     TrainConfig,
 )
+from megatron_ztrl.engines.server import FLAGS
 
 needs_megatron = pytest.mark.skipif(
     importlib.util.find_spec("megatron") is None, reason="megatron-core missing"
@@ -116,6 +118,21 @@ def test_every_owned_key_is_really_an_upstream_field() -> None:
 @needs_sglang
 def test_owned_server_keys_are_upstream_fields_or_their_aliases() -> None:
     assert set(native._OWNED_SERVER) - native.server_fields() == {"model", "tp", "tensor_parallel_size"}
+
+
+@needs_sglang
+def test_every_server_option_becomes_the_flag_that_sglang_has_for_it() -> None:
+    """SGLang names the flag where it is not that of the field: ``field: A[type, Arg(cli_name="--flag")]``."""
+    given: dict[str, str] = {}
+    for path in (native._package_directory("sglang", "sglang") / "srt/arg_groups/fields").glob("*.py"):
+        for field in (
+            node for node in ast.walk(ast.parse(path.read_bytes())) if isinstance(node, ast.AnnAssign)
+        ):
+            for word in (node for node in ast.walk(field.annotation) if isinstance(node, ast.keyword)):
+                if word.arg == "cli_name":
+                    given[field.target.id] = word.value.value
+    other = {name: flag for name, flag in given.items() if flag != "--" + name.replace("_", "-")}
+    assert other == FLAGS
 
 
 def test_a_package_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
